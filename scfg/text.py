@@ -1,0 +1,114 @@
+"""Prompts: tokens, the words they make up, and the text tower that turns them into context."""
+import gzip
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .config import BadInput, TextConfig
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+HUB_TOKENIZER = "openai/clip-vit-large-patch14"
+
+
+class Word(NamedTuple):
+    text: str
+    start: int                                        # its tokens are start .. stop - 1 of the context
+    stop: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the network is told, for a batch of b pictures."""
+    context: dict[str, Tensor]                        # "uncond" and "cond", each (b t d)
+    vector: dict[str, Tensor] = field(default_factory=dict)       # the same rows (b v), for networks that take one
+    words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
+
+
+def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's numbering: 256 bytes, the same ending a word, a token for every merge, start, end."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def read_tokenizer(path: str | Path) -> CLIPTokenizer:
+    """A tokenizer from a folder in transformers' layout, or from the original bpe_simple_vocab_16e6.txt.gz."""
+    path = Path(path)
+    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    if path.is_file() and path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]       # the file holds more than CLIP uses
+        return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)
+    raise BadInput(f"{path} is no tokenizer: give a transformers folder (tokenizer.json or vocab.json and merges.txt) "
+                   "or the original bpe_simple_vocab_16e6.txt.gz")
+
+
+def default_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer from transformers' cache, else from its hub."""
+    for local_files_only in (True, False):
+        try:
+            return CLIPTokenizer.from_pretrained(HUB_TOKENIZER, local_files_only=local_files_only)
+        except (OSError, ValueError):
+            continue
+    raise BadInput("this checkpoint carries no vocabulary, and CLIP's is neither in transformers' cache nor can it be downloaded: "
+                   "give --tokenizer with a transformers folder or bpe_simple_vocab_16e6.txt.gz")
+
+
+class Text(nn.Module):
+    """A CLIP text tower and its tokenizer."""
+    def __init__(self, config: TextConfig, tokenizer: CLIPTokenizer | None = None, seen: Sequence[str] = ()):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer                    # None: CLIP's own, looked for when first needed
+        self.seen = frozenset(seen)                   # the words of a small model's world; empty: any word will do
+        self.transformer = CLIPTextModel(CLIPTextConfig(
+            vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers, num_attention_heads=config.heads, hidden_act=config.activation,
+            max_position_embeddings=config.length, bos_token_id=config.vocabulary - 2, eos_token_id=config.vocabulary - 1))
+
+    def restore_buffers(self) -> None:
+        """Make the buffers that no checkpoint holds, after building on meta."""
+        self.transformer.embeddings.position_ids = torch.arange(self.config.length)[None]
+
+    def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
+        """Token numbers of a context (start, text, end, padded with the end) and the words of the text among them.
+
+        Text beyond the context is cut, with a warning that shows it.
+        """
+        self.tokenizer = self.tokenizer or default_tokenizer()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets, room = encoded["input_ids"], encoded["offset_mapping"], self.config.length - 2
+        if len(ids) > room:
+            warnings.warn(f"the prompt is longer than {room} tokens; cut off: {text[offsets[room][0]:]!r}", stacklevel=3)
+        words, first = [], 0
+        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(ids[:room])):
+            if token.endswith("</w>") or i == len(ids[:room]) - 1:
+                words.append(Word(text[offsets[first][0]:offsets[i][1]], first + 1, i + 2))       # 0 is the start token
+                first = i + 1
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return ([start] + ids[:room] + [end] * self.config.length)[:self.config.length], tuple(words)
+
+    def warn_of_unseen(self, words: Sequence[Word]) -> None:
+        unseen = sorted({word.text for word in words if word.text.lower() not in self.seen})
+        if self.seen and unseen:
+            warnings.warn(f"this model never saw {', '.join(map(repr, unseen))}; it knows: {' '.join(sorted(self.seen))}", stacklevel=3)
+
+    def encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Token numbers (b t) -> the tower's last states after its final norm (b t d)."""
+        return self.transformer(torch.tensor(ids, device=self.transformer.final_layer_norm.weight.device)).last_hidden_state
+
+    def prompt(self, texts: Sequence[str], negatives: Sequence[str]) -> Prompt:
+        """Encode the texts and their negatives, one of each for every picture."""
+        tokens, words = zip(*map(self.tokenize, texts))
+        negative_tokens, negative_words = zip(*map(self.tokenize, negatives))
+        self.warn_of_unseen(sum(words + negative_words, ()))
+        return Prompt({"uncond": self.encode(negative_tokens), "cond": self.encode(tokens)}, words=words)

@@ -1,0 +1,253 @@
+"""The U-Net of every Stable Diffusion family. Attribute names are the original checkpoint's keys; attention maps are return values."""
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import UNetConfig
+
+
+class Maps(NamedTuple):
+    """Attention probabilities of one transformer block, averaged over heads, fp32; every row sums to one."""
+    self: Tensor                                      # (b n n), n = h * w
+    cross: Tensor                                     # (b n t)
+    size: tuple[int, int]                             # (h, w)
+
+
+class Capture(NamedTuple):
+    """Which blocks return their maps, and what is kept of them."""
+    pixels: int                                       # blocks with at most this many pixels
+    keep: Callable[[Maps], Any]
+
+
+def all_of_it(maps: Maps) -> Maps:
+    return maps
+
+
+def expand(x: Tensor, rows: int) -> Tensor:
+    """Repeat the batch as a whole until it has `rows` rows: the rows of a guided step share x until they differ."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoids (b channels) of timesteps (b), cosines first, wavelengths from 2 pi to 20000 pi (Ho et al. 2020)."""
+    half = torch.arange(channels // 2, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) * half / (channels // 2))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def mean_probabilities(q: Tensor, k: Tensor) -> Tensor:
+    """Queries (b heads n d), keys (b heads m d) -> softmax(q k^T / sqrt d), averaged over heads, (b n m), in fp32.
+
+    One head at a time: no (b heads n m) tensor ever exists.
+    """
+    total = 0
+    for q_head, k_head in zip(q.float().unbind(1), k.float().unbind(1)):
+        total = total + (q_head @ k_head.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return total / q.shape[1]
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, embedding: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.out_layers = nn.Sequential(                                                          # dropout keeps the names' numbers
+            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        h = self.out_layers(h + expand(self.emb_layers(embedding), len(x))[:, :, None, None])
+        return self.skip_connection(x) + h
+
+
+class Attention(nn.Module):
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
+        """Pixels (b n c) attend to context (b m d); returns (b n c) and, if asked for, the map (b n m)."""
+        q, k, v = (rearrange(y, "b n (heads d) -> b heads n d", heads=self.heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return self.to_out(out), mean_probabilities(q, k) if with_map else None
+
+
+class GEGLU(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, context: Tensor, size: tuple[int, int], capture: Capture) -> tuple[Tensor, list]:
+        """Pixels (b n c), context (r*b t d) -> pixels (r*b n c) and what the capture keeps of this block's maps."""
+        captured = x.shape[1] <= capture.pixels
+        normed = self.norm1(x)
+        out, self_map = self.attn1(normed, normed, captured)
+        x = expand(x + out, len(context))
+        out, cross_map = self.attn2(self.norm2(x), context, captured)
+        x = x + out
+        x = x + self.ff(self.norm3(x))
+        return x, [capture.keep(Maps(expand(self_map, len(context)), cross_map, size))] if captured else []
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map."""
+    def __init__(self, channels: int, depth: int, config: UNetConfig):
+        super().__init__()
+        heads = config.heads or channels // config.head_channels
+        self.linear = config.linear_projections
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, config.context_dim, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, capture: Capture) -> tuple[Tensor, list]:
+        size, kept = tuple(x.shape[-2:]), []
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.linear else h
+        for block in self.transformer_blocks:
+            h, maps = block(h, context, size, capture)
+            kept += maps
+        h = self.proj_out(h) if self.linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=size[0])
+        h = h if self.linear else self.proj_out(h)
+        return expand(x, len(h)) + h, kept
+
+
+class Block(nn.ModuleList):
+    """The layers between two skip connections."""
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, capture: Capture,
+                size: tuple[int, int] | None = None) -> tuple[Tensor, list]:
+        """`size` is what an upsampling at the end has to reach: that of the next skip, also where it is odd."""
+        kept = []
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, embedding)
+            elif isinstance(layer, SpatialTransformer):
+                x, maps = layer(x, context, capture)
+                kept += maps
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x, kept
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        base, embedding = config.model_channels, 4 * config.model_channels
+        widths = [base * m for m in config.channel_mult]
+        depths = config.transformer_depth
+
+        def stage(in_channels: int, width: int, depth: int) -> Block:
+            block = Block([ResBlock(in_channels, width, embedding)])
+            return block.append(SpatialTransformer(width, depth, config)) if depth else block
+
+        self.time_embed = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if config.vector_dim:
+            self.label_emb = nn.Sequential(nn.Sequential(
+                nn.Linear(config.vector_dim, embedding), nn.SiLU(), nn.Linear(embedding, embedding)))
+
+        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, base, 3, padding=1)])])
+        channels, skips = base, [base]
+        for level, (width, depth) in enumerate(zip(widths, depths)):
+            for _ in range(config.res_blocks):
+                self.input_blocks.append(stage(channels, width, depth))
+                channels = width
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.input_blocks.append(Block([Downsample(width)]))
+                skips.append(width)
+
+        self.middle_block = stage(channels, channels, config.middle_depth).append(ResBlock(channels, channels, embedding))
+
+        self.output_blocks = nn.ModuleList()
+        for level, (width, depth) in reversed(list(enumerate(zip(widths, depths)))):
+            for i in range(config.res_blocks + 1):
+                self.output_blocks.append(stage(channels + skips.pop(), width, depth))
+                channels = width
+                if level and i == config.res_blocks:
+                    self.output_blocks[-1].append(Upsample(width))
+        self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None, *, map_pixels: int = 0,
+                keep: Callable[[Maps], Any] = all_of_it) -> tuple[Tensor, list]:
+        """Noisy latents x (b c h w), timesteps t (b), context (r*b t d), vector (r*b v) -> prediction (r*b c h w), kept maps.
+
+        The context may hold r rows for every x, row by row for the whole batch: x is expanded where they first differ.
+        Blocks of at most `map_pixels` pixels also compute their Maps; the list holds keep(maps) of each, in the order
+        in which the blocks run. The prediction comes from fused attention in either case.
+        """
+        capture = Capture(map_pixels, keep)
+        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        if vector is not None:
+            embedding = expand(embedding, len(vector)) + self.label_emb(vector)
+            x = expand(x, len(vector))
+        kept, skips = [], []
+        for block in self.input_blocks:
+            x, maps = block(x, embedding, context, capture)
+            kept += maps
+            skips.append(x)
+        x, maps = self.middle_block(x, embedding, context, capture)
+        kept += maps
+        for block in self.output_blocks:
+            x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
+            x, maps = block(x, embedding, context, capture, skips[-1].shape[-2:] if skips else None)
+            kept += maps
+        return self.out(x), kept

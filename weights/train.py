@@ -1,0 +1,214 @@
+"""Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `unet`, then `export`. Every phase resumes."""
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm, trange
+from transformers import CLIPTokenizer
+
+from scfg import flatland, noise
+from scfg.config import FLATLAND, Config
+from scfg.text import Text, vocabulary
+from scfg.unet import UNet
+from scfg.vae import VAE
+
+HERE = Path(__file__).parent
+RUN = HERE / "run"                                    # rendered scenes and unfinished trainings
+SAVE_EVERY = 200
+EMPTY_SHARE = 0.1                                     # captions replaced by the empty prompt, for guidance
+KL_WEIGHT = 1e-4
+
+
+def world_merges() -> list[tuple[str, str]]:
+    """Merges that make each of the world's words one token: letter after letter, longest words first, so that
+    no short word's merge ("on") breaks into a longer one ("moon")."""
+    merges = {}
+    for word in sorted(flatland.WORDS, key=len, reverse=True):
+        letters = list(word[:-1]) + [word[-1] + "</w>"]
+        for i in range(1, len(letters)):
+            merges["".join(letters[:i]), letters[i]] = None
+    return list(merges)
+
+
+def world_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=vocabulary(world_merges()), merges=world_merges())
+
+
+def world_config() -> Config:
+    return replace(FLATLAND, text=replace(FLATLAND.text, vocabulary=len(vocabulary(world_merges()))))
+
+
+def scenes(count: int) -> np.ndarray:
+    """Pictures (count h w 3) uint8 of the scenes 0 .. count - 1, rendered once and kept."""
+    path = RUN / f"scenes-{count}.npy"
+    if not path.exists():
+        width, height = FLATLAND.size
+        pictures = np.stack([flatland.render(flatland.compose(seed), (width, height))[0] for seed in trange(count, desc="scenes")])
+        np.save(path, pictures)
+    return np.load(path, mmap_mode="r")
+
+
+def to_image(pictures: np.ndarray, device: str) -> Tensor:
+    return rearrange(torch.from_numpy(pictures).to(device), "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def start_as_identity(model: nn.Module) -> None:
+    """Zero the last layer of every residual branch: a deep network then begins as its short path and learns at once."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("conv2.", "proj_out.", "out_layers.3.", "to_out.0.", "ff.net.2.")):
+            nn.init.zeros_(parameter)
+
+
+class Average:
+    """Exponential moving average of a model's parameters: what is kept of a training."""
+    def __init__(self, model: nn.Module):
+        self.values = {k: v.clone() for k, v in model.state_dict().items()}
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(0.999, (1 + self.updates) / (20 + self.updates))
+        for name, value in model.state_dict().items():
+            self.values[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.values[name].copy_(value)
+
+
+def train(name: str, model: nn.Module, loss_of: Any, steps: int, rate: float) -> dict[str, Tensor]:
+    """Minimise loss_of(generator) with Adam, a warm-up and a cosine; returns the averaged parameters."""
+    path = RUN / f"{name}.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    average, first = Average(model), 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, average.updates, first = state["average"], state["step"], state["step"]
+    progress, smooth = trange(first, steps, initial=first, total=steps, desc=name), None
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+        loss = loss_of(np.random.default_rng([1, step]), step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model)
+        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values,
+                        "step": step + 1}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+    return average.values
+
+
+def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+    torch.manual_seed(0)
+    pictures, vae = scenes(count), VAE(config.vae).to(device)
+    start_as_identity(vae)
+
+    def loss_of(rng: np.random.Generator, done: float) -> Tensor:
+        image = to_image(pictures[np.sort(rng.choice(count, batch, replace=False))], device)
+        mean, log_variance = vae.encode(image)
+        error = vae.decode(mean + (log_variance / 2).exp() * torch.randn_like(mean)) - image
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return error.square().mean() + min(1, 4 * done) * error.abs().mean() + KL_WEIGHT * divergence   # L1 alone greys colours
+
+    train("vae", vae, loss_of, steps, 1e-3)
+
+
+def trained_vae(config: Config, device: str) -> VAE:
+    vae = VAE(config.vae).to(device).eval()
+    vae.load_state_dict(torch.load(RUN / "vae.pt", weights_only=True)["average"])
+    return vae
+
+
+@torch.no_grad()
+def latents(config: Config, count: int, device: str) -> Tensor:
+    """Unscaled latents (count c h w) of the training scenes, encoded once and kept."""
+    path = RUN / f"latents-{count}.pt"
+    if not path.exists():
+        vae, pictures = trained_vae(config, device), scenes(count)
+        parts = [vae.encode(to_image(pictures[i:i + 32], device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
+        torch.save(torch.cat(parts), path)
+    return torch.load(path, weights_only=True)
+
+
+class Denoiser(nn.Module):
+    """What the second phase trains together."""
+    def __init__(self, config: Config):
+        super().__init__()
+        self.unet = UNet(config.unet)
+        self.text = Text(config.text, world_tokenizer())
+
+
+def train_unet(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+    torch.manual_seed(0)
+    z = latents(config, count, device)
+    z = z / z.std()
+    model = Denoiser(config).to(device)
+    start_as_identity(model.unet)
+    nn.init.zeros_(model.unet.out[2].weight)
+    tokens = np.array([model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")])
+    empty = np.array(model.text.tokenize("")[0])
+    alphas = torch.tensor(1 / (noise.sigma_table() ** 2 + 1), dtype=torch.float32)
+
+    def loss_of(rng: np.random.Generator, done: float) -> Tensor:
+        chosen = rng.choice(count, batch, replace=False)
+        ids = np.where(rng.random((batch, 1)) < EMPTY_SHARE, empty, tokens[chosen])
+        t = torch.from_numpy(rng.integers(0, 1000, batch))
+        a = alphas[t].view(-1, 1, 1, 1).to(device)
+        clean = z[chosen].to(device)
+        drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
+        x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
+        return (model.unet(x, t.to(device), model.text.encode(ids.tolist()))[0] - v).square().mean()
+
+    train("unet", model, loss_of, steps, 6e-4)
+
+
+def export(config: Config, count: int) -> None:
+    """Write weights/flatland.safetensors: fp16, original key layout, config and vocabulary in its metadata."""
+    vae = torch.load(RUN / "vae.pt", weights_only=True)["average"]
+    denoiser = torch.load(RUN / "unet.pt", weights_only=True)["average"]
+    tensors = {f"first_stage_model.{k}": v for k, v in vae.items()}
+    for name, value in denoiser.items():
+        part, rest = name.split(".", 1)
+        if part == "unet":
+            tensors[f"model.diffusion_model.{rest}"] = value
+        else:
+            tensors[f"cond_stage_model.{rest.replace('transformer.', 'transformer.text_model.', 1)}"] = value
+    config = replace(config, latent_scale=1 / latents(config, count, "cpu").std().item())
+    merges = world_merges()
+    metadata = {"scfg.config": config.to_dict(), "scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}
+    path = HERE / "flatland.safetensors"
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, {k: json.dumps(v) for k, v in metadata.items()})
+    tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phase", choices=["vae", "unet", "export"])
+    parser.add_argument("--steps", type=int, help="of the whole training (default: 3000 for vae, 4000 for unet)")
+    parser.add_argument("--batch", type=int, help="(default: 8 for vae, 32 for unet)")
+    parser.add_argument("--scenes", type=int, default=16384, help="scenes to train on (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    RUN.mkdir(exist_ok=True)
+    config = world_config()
+    if args.phase == "vae":
+        train_vae(config, args.steps or 3000, args.scenes, args.batch or 8, args.device)
+    elif args.phase == "unet":
+        train_unet(config, args.steps or 4000, args.scenes, args.batch or 32, args.device)
+    else:
+        export(config, args.scenes)
+
+
+if __name__ == "__main__":
+    main()
