@@ -1,0 +1,74 @@
+"""Attention maps -> regions of the forming picture (S-CFG, arXiv 2404.05384, section 3.2)."""
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from .unet import Maps
+
+
+class Regions(NamedTuple):
+    """Which pixel belongs to which token, on the largest captured grid."""
+    tokens: Tensor                                    # (b t h w) 0 or 1
+    foreground: Tensor                                # (b 1 h w) 0 or 1
+    scores: Tensor                                    # (b t h w) the soft maps behind the tokens
+
+
+def blur(x: Tensor) -> Tensor:
+    """3x3 Gaussian of sigma sqrt(1/2) pixels over every channel of (b c h w), edges reflected."""
+    side = math.exp(-1)
+    taps = torch.tensor([side, 1.0, side], dtype=x.dtype, device=x.device) / (1 + 2 * side)
+    rows = F.pad(x, (1, 1, 1, 1), mode="reflect" if min(x.shape[-2:]) > 1 else "replicate")
+    rows = taps[0] * rows[..., :-2] + taps[1] * rows[..., 1:-1] + taps[2] * rows[..., 2:]
+    return taps[0] * rows[..., :-2, :] + taps[1] * rows[..., 1:-1, :] + taps[2] * rows[..., 2:, :]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A recipe from attention maps to regions."""
+    powers: tuple[float, ...]                         # weights of S C, S^2 C, ... in the completed cross map
+    smooth: bool                                      # blur every layer's maps
+    normalise: Literal["mean", "sum"]                 # what a token's map is divided by, over space
+    ties: bool                                        # pixels with equal best tokens belong to all of them, or to the first
+    foreground: Literal["uncond", "cond"]             # the half whose start token marks the background
+
+    def complete(self, maps: Maps) -> Tensor:
+        """One block's cross map, completed by its self map, as pictures (b t h w); S is applied to t columns, never squared."""
+        step, total = maps.cross, 0
+        for weight in self.powers:
+            step = maps.self @ step
+            total = total + weight * step
+        return rearrange(total, "b (h w) t -> b t h w", h=maps.size[0])
+
+    def assign(self, completed: list[Tensor]) -> Regions:
+        """Completed maps of all layers, rows [uncond; cond], each (2b t h w) -> Regions on the largest of their grids."""
+        size = max((layer.shape[-2:] for layer in completed), key=math.prod)
+        scores, start, rest = 0, 0, 0
+        for layer in completed:
+            layer = F.interpolate(layer, size=size, mode="bilinear") if layer.shape[-2:] != size else layer
+            layer = blur(layer) if self.smooth else layer
+            uncond, cond = layer.chunk(2)
+            total = cond.mean((-2, -1), keepdim=True) + 1e-8 if self.normalise == "mean" else cond.sum((-2, -1), keepdim=True)
+            scores = scores + cond / total / len(completed)
+            if self.foreground == "uncond":
+                first, others = uncond[:, :1], uncond[:, 1:].sum(1, keepdim=True)
+                start = start + first / first.mean((-2, -1), keepdim=True)
+                rest = rest + others / others.mean((-2, -1), keepdim=True)
+        best = scores.argmax(1, keepdim=True)
+        equal_best = scores == scores.amax(1, keepdim=True)
+        tokens = equal_best.to(scores.dtype) if self.ties else torch.zeros_like(scores).scatter(1, best, 1.0)
+        foreground = rest > start if self.foreground == "uncond" else best != 0
+        return Regions(tokens, foreground.to(scores.dtype), scores)
+
+
+OFFICIAL = Segmentation(powers=(1 / 4, 3 / 4), smooth=True, normalise="mean", ties=True, foreground="uncond")
+PAPER = Segmentation(powers=(1 / 4,) * 4, smooth=False, normalise="sum", ties=False, foreground="cond")
+
+
+def segment(maps: list[Maps], recipe: Segmentation = OFFICIAL) -> Regions:
+    """Maps of the captured blocks, rows [uncond; cond] -> Regions of the conditional rows."""
+    return recipe.assign([recipe.complete(block) for block in maps])
