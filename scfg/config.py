@@ -57,6 +57,7 @@ class Config:
     latent_scale: float = 0.18215
     map_divisor: int = 4                              # maps are captured up to ceil(H/d) * ceil(W/d) pixels
     size: tuple[int, int] = (512, 512)                # native width and height in pixels
+    scale: float = 7.5                                # native guidance scale
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

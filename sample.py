@@ -1,0 +1,159 @@
+"""A prompt in, a picture and its regions out: python sample.py "a red car left of a blue star on grass"."""
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from tqdm import tqdm
+
+import scfg
+from scfg.flatland import WORDS
+from scfg.report import report, to_image
+
+GUIDANCE = {"scfg": scfg.SCFG, "scfg-paper": scfg.SCFG.paper, "scfg-mean": scfg.SCFG.mean, "cfg": scfg.CFG}
+SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}          # as Stable Diffusion tools call them
+LARGEST_SIDE = 8192
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")                 # one line, without the usage
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number from {low} to {high}")
+        return value
+    return parse
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST_SIDE for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give WIDTHxHEIGHT in pixels, such as 512x768, up to {LARGEST_SIDE} each")
+    return int(width), int(height)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, epilog=f"The embedded model knows these words: {' '.join(WORDS)}",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows")
+    add("--negative", help="what it shall not show")
+    add("--guidance", choices=GUIDANCE, default="scfg", help="by region as the authors' program, their paper, or the whole mean; or plain")
+    add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the model's own)")
+    add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture")
+    add("--spacing", choices=["leading", "linspace", "trailing", "karras"], help="of the noise levels (default: the sampler's own)")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: the share of fresh noise")
+    add("--steps", type=number(int, 1, 1000), default=30, help="network evaluations")
+    add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the model's own)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the first picture; the others count on")
+    add("--count", type=number(int, 1, 10000), default=1, help="pictures to make")
+    add("--batch", type=number(int, 1, 1000), default=4, help="pictures made at once; has no influence on them")
+    add("--checkpoint", type=Path, help="original Stable Diffusion 1.x file, .safetensors or .ckpt (default: the embedded model)")
+    add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
+    add("--tokenizer", type=Path, help="transformers folder or bpe_simple_vocab_16e6.txt.gz, for files without a vocabulary")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the network (default: float32 on the cpu, else float16)")
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    return parser.parse_args(argv)
+
+
+def parameters(args: argparse.Namespace, model: scfg.Diffusion, seed: int, picture: Image.Image) -> str:
+    """The text that Stable Diffusion tools read from a PNG's 'parameters' chunk."""
+    negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
+    facts = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.scale, "Seed": seed,
+             "Size": f"{picture.width}x{picture.height}", "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
+             "Guidance": args.guidance} | ({"Schedule type": args.spacing} if args.spacing else {}) | ({"Eta": args.eta} if args.eta else {})
+    return f"{args.prompt}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def save(image: Image.Image, path: Path, text: str) -> None:
+    """Write a PNG whole or not at all."""
+    info = PngInfo()
+    info.add_text("parameters", text)
+    part = path.with_suffix(".part")
+    image.save(part, "png", pnginfo=info)
+    part.replace(path)
+    tqdm.write(str(path))
+
+
+def writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise scfg.BadInput(f"cannot write into the folder {folder} ({error.strerror}): choose another with --out") from None
+
+
+def next_number(folder: Path) -> int:
+    """Earlier pictures are never overwritten: files count on from the highest number in the folder."""
+    return max((int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")), default=-1) + 1
+
+
+def run(args: argparse.Namespace) -> Tensor:
+    """Make and write all pictures; returns their final latents (count c h w)."""
+    started = time.perf_counter()
+    model = scfg.load(args.checkpoint, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
+                      prediction=args.prediction, tokenizer=args.tokenizer)
+    args.scale = model.config.scale if args.scale is None else args.scale
+    model.latent_shape(args.size or model.config.size)                        # before any work: is it a possible size?
+    prompt = model.prompt(args.prompt, args.negative)
+    middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
+    folder = writable(args.out)
+    loading, sampling, decoding, latents = time.perf_counter() - started, 0.0, 0.0, []
+    with tqdm(total=args.count * args.steps, desc="sampling", unit="step") as progress:
+        for first in range(args.seed, args.seed + args.count, args.batch):
+            seeds = range(first, min(first + args.batch, args.seed + args.count))
+            scores, scales, notes = 0, 0, set()
+            started = time.perf_counter()
+            for step in model.sample(prompt, GUIDANCE[args.guidance](args.scale), args.sampler, args.spacing, args.steps, args.size,
+                                     seeds, eta=args.eta, watch=middle):
+                if step.index in middle:
+                    scores = scores + step.denoised.regions.scores / len(middle)
+                scales = scales + step.denoised.scale[:, 0] / step.count
+                notes.update(step.denoised.notes)
+                progress.update(len(seeds))
+            sampled = time.perf_counter()
+            pictures = model.decode(step.latent)
+            latents.append(step.latent)
+            sampling, decoding = sampling + sampled - started, decoding + time.perf_counter() - sampled
+            for seed, picture, score, scale in zip(seeds, map(to_image, pictures), scores, scales):
+                name, text = f"{next_number(folder):05d}-{seed}", parameters(args, model, seed, picture)
+                sheet = report(picture, score, scale, prompt.words[0], f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})")
+                save(sheet, folder / f"{name}-regions.png", text)
+                save(picture, folder / f"{name}.png", text)
+            for note in sorted(notes):
+                tqdm.write(f"note: {note}")
+    print(f"load {loading:.1f} s, sampling {sampling:.1f} s, decoding {decoding:.1f} s")
+    return torch.cat(latents)
+
+
+def main() -> None:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(parse())
+    except (scfg.BadInput, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"sample.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; pictures already named above are whole. To go on, raise --seed by their number.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a run computed, as pictures: regions coloured and named, the guidance scale at every place."""
+import colorsys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .text import Word
+
+PANEL = 384                                           # pixels along the longer side of a shown picture
+MARGIN, LINE = 16, 20
+INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (120, 120, 128)
+VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
+
+
+class Area(NamedTuple):
+    name: str
+    mask: np.ndarray                                  # (h w) bool
+    colour: tuple[int, int, int]
+
+
+def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
+    """Token scores (t h w) -> the areas of the start token, of every word, and of the end with its padding.
+
+    A pixel belongs to its best token, a word owns the pixels of all its tokens; words without a pixel are left out.
+    """
+    best = scores.argmax(0).cpu().numpy()
+    after = max((word.stop for word in words), default=1)
+    spans = [("start token", 0, 1, (200, 200, 204))]
+    for i, word in enumerate(words):
+        hue = colorsys.hsv_to_rgb(i * 0.382 % 1, 0.75, 0.95)                  # the golden angle keeps neighbours apart
+        spans.append((word.text, word.start, word.stop, tuple(round(255 * c) for c in hue)))
+    spans.append(("end and padding", after, scores.shape[0], (110, 110, 118)))
+    areas = [Area(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
+    return [area for area in areas if area.mask.any()]
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """Picture (3 h w) in [0, 1] -> 8 bit."""
+    return Image.fromarray(rearrange((picture * 255).round().byte().cpu(), "c h w -> h w c").numpy())
+
+
+def enlarged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.NEAREST if image.width < size[0] else Image.Resampling.LANCZOS)
+
+
+def coloured(values: np.ndarray, low: float, high: float) -> Image.Image:
+    """Values (h w) between low and high -> a picture in viridis colours."""
+    place = np.clip((values - low) / (high - low) if high > low else np.full_like(values, 0.5), 0, 1) * (len(VIRIDIS) - 1)
+    channels = [np.interp(place, range(len(VIRIDIS)), VIRIDIS[:, c]) for c in range(3)]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
+
+
+def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str) -> Image.Image:
+    """One sheet: the picture, its regions (scores (t h w)) with their names, the scale map (h w) with its colour bar."""
+    zoom = PANEL / max(image.size)
+    width, height = round(image.width * zoom), round(image.height * zoom)
+    areas, values = named_areas(scores, words), scale.cpu().numpy().astype(float)
+    paint = np.zeros((*scores.shape[-2:], 3), np.uint8)
+    for area in areas:
+        paint[area.mask] = area.colour
+    shown = enlarged(image.convert("RGB"), (width, height))
+    regions = Image.blend(shown, Image.fromarray(paint).resize((width, height), Image.Resampling.NEAREST), 0.65)
+    scales = coloured(values, values.min(), values.max()).resize((width, height), Image.Resampling.NEAREST)
+
+    top, wide = MARGIN + 2 * LINE, max(width, 200)
+    sheet = Image.new("RGB", (4 * MARGIN + 3 * wide, top + height + MARGIN + max(2, len(areas)) * LINE + MARGIN), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw.text((MARGIN, MARGIN - 4), title, INK, font)
+    lefts = [MARGIN + i * (wide + MARGIN) for i in range(3)]
+    for left, panel, caption in zip(lefts, (shown, regions, scales), ("picture", "regions, mean of the middle steps", "guidance scale, mean")):
+        sheet.paste(panel, (left, top))
+        draw.text((left, top - LINE), caption, FAINT, font)
+    for i, area in enumerate(sorted(areas, key=lambda area: -area.mask.mean())):
+        y = top + height + MARGIN // 2 + i * LINE
+        draw.rectangle((lefts[1], y + 2, lefts[1] + 14, y + 16), area.colour, FAINT)
+        draw.text((lefts[1] + 22, y), f"{area.name}  {area.mask.mean():.0%}", INK, font)
+    y = top + height + MARGIN // 2
+    bar = coloured(np.linspace(0, 1, wide)[None].repeat(12, 0), 0, 1)
+    sheet.paste(bar, (lefts[2], y))
+    draw.text((lefts[2], y + 14), f"{values.min():.2f}", INK, font)
+    draw.text((lefts[2] + wide, y + 14), f"{values.max():.2f}", INK, font, anchor="ra")
+    return sheet
