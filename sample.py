@@ -4,9 +4,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from PIL import Image
@@ -48,27 +49,27 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=f"The embedded model knows these words: {' '.join(WORDS)}",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, epilog=f"The embedded model knows these words: {' '.join(WORDS)}")
     add = parser.add_argument
-    add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows")
+    add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
     add("--negative", help="what it shall not show")
-    add("--guidance", choices=GUIDANCE, default="scfg", help="by region as the authors' program, their paper, or the whole mean; or plain")
+    add("--guidance", choices=GUIDANCE, default="scfg", 
+        help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the model's own)")
-    add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture")
+    add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
     add("--spacing", choices=["leading", "linspace", "trailing", "karras"], help="of the noise levels (default: the sampler's own)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: the share of fresh noise")
-    add("--steps", type=number(int, 1, 1000), default=30, help="network evaluations")
+    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: the share of fresh noise (default: %(default)s)")
+    add("--steps", type=number(int, 1, 1000), default=30, help="of denoising (default: %(default)s)")
     add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the model's own)")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the first picture; the others count on")
-    add("--count", type=number(int, 1, 10000), default=1, help="pictures to make")
-    add("--batch", type=number(int, 1, 1000), default=4, help="pictures made at once; has no influence on them")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the first picture; the others count on (default: %(default)s)")
+    add("--count", type=number(int, 1, 10000), default=1, help="pictures to make (default: %(default)s)")
+    add("--batch", type=number(int, 1, 1000), default=4, help="pictures made at once; has no influence on them (default: %(default)s)")
     add("--checkpoint", type=Path, help="original Stable Diffusion 1.x file, .safetensors or .ckpt (default: the embedded model)")
     add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
     add("--tokenizer", type=Path, help="transformers folder or bpe_simple_vocab_16e6.txt.gz, for files without a vocabulary")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (default: %(default)s)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the network (default: float32 on the cpu, else float16)")
-    add("--out", type=Path, default=Path("out"), help="folder for the pictures")
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -91,11 +92,11 @@ def save(image: Image.Image, path: Path, text: str) -> None:
     tqdm.write(str(path))
 
 
-def writable(folder: Path) -> Path:
+def check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
     except OSError as error:
         raise scfg.BadInput(f"cannot write into the folder {folder} ({error.strerror}): choose another with --out") from None
 
@@ -105,41 +106,58 @@ def next_number(folder: Path) -> int:
     return max((int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")), default=-1) + 1
 
 
+class Made(NamedTuple):
+    latent: Tensor                                    # (b c h w)
+    scores: Tensor                                    # (b t h w) of every token, mean of the middle third of the steps
+    scale: Tensor                                     # (b h w) mean of all steps
+    notes: Counter[str]                               # in how many steps each was made
+
+
+def make(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, seeds: Sequence[int], progress: tqdm) -> Made:
+    """One batch of pictures, from noise to latent."""
+    middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
+    guidance, scores, scale, notes = GUIDANCE[args.guidance](args.scale), 0, 0, Counter()
+    for step in model.sample(prompt, guidance, args.sampler, args.spacing, args.steps, args.size, seeds, eta=args.eta, watch=middle):
+        denoised = step.denoised
+        if step.index in middle:
+            scores = scores + denoised.regions.scores / len(middle)
+        scale = scale + denoised.scale[:, 0] / step.count
+        notes.update(denoised.notes)
+        progress.update(len(seeds))
+    return Made(step.latent, scores, scale, notes)
+
+
+def write(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, seeds: Sequence[int], made: Made) -> None:
+    """Decode a batch and write every picture with its regions beside it."""
+    for seed, picture, scores, scale in zip(seeds, map(to_image, model.decode(made.latent)), made.scores, made.scale):
+        name, text = f"{next_number(args.out):05d}-{seed}", parameters(args, model, seed, picture)
+        title = f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})"
+        save(report(picture, scores, scale, prompt.words[0], title), args.out / f"{name}-regions.png", text)
+        save(picture, args.out / f"{name}.png", text)
+
+
 def run(args: argparse.Namespace) -> Tensor:
     """Make and write all pictures; returns their final latents (count c h w)."""
     started = time.perf_counter()
     model = scfg.load(args.checkpoint, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
                       prediction=args.prediction, tokenizer=args.tokenizer)
     args.scale = model.config.scale if args.scale is None else args.scale
-    model.latent_shape(args.size or model.config.size)                        # before any work: is it a possible size?
+    model.latent_shape(args.size or model.config.size)                        # a size that cannot be, said before any work
     prompt = model.prompt(args.prompt, args.negative)
-    middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
-    folder = writable(args.out)
+    check_writable(args.out)
     loading, sampling, decoding, latents = time.perf_counter() - started, 0.0, 0.0, []
     with tqdm(total=args.count * args.steps, desc="sampling", unit="step") as progress:
         for first in range(args.seed, args.seed + args.count, args.batch):
             seeds = range(first, min(first + args.batch, args.seed + args.count))
-            scores, scales, notes = 0, 0, set()
             started = time.perf_counter()
-            for step in model.sample(prompt, GUIDANCE[args.guidance](args.scale), args.sampler, args.spacing, args.steps, args.size,
-                                     seeds, eta=args.eta, watch=middle):
-                if step.index in middle:
-                    scores = scores + step.denoised.regions.scores / len(middle)
-                scales = scales + step.denoised.scale[:, 0] / step.count
-                notes.update(step.denoised.notes)
-                progress.update(len(seeds))
+            made = make(model, prompt, args, seeds, progress)
             sampled = time.perf_counter()
-            pictures = model.decode(step.latent)
-            latents.append(step.latent)
+            write(model, prompt, args, seeds, made)
             sampling, decoding = sampling + sampled - started, decoding + time.perf_counter() - sampled
-            for seed, picture, score, scale in zip(seeds, map(to_image, pictures), scores, scales):
-                name, text = f"{next_number(folder):05d}-{seed}", parameters(args, model, seed, picture)
-                sheet = report(picture, score, scale, prompt.words[0], f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})")
-                save(sheet, folder / f"{name}-regions.png", text)
-                save(picture, folder / f"{name}.png", text)
-            for note in sorted(notes):
-                tqdm.write(f"note: {note}")
-    print(f"load {loading:.1f} s, sampling {sampling:.1f} s, decoding {decoding:.1f} s")
+            latents.append(made.latent)
+            for note, times in made.notes.items():
+                tqdm.write(f"note, in {times} of {args.steps} steps: {note}")
+    print(f"load {loading:.1f} s, sampling {sampling:.1f} s, decoding and writing {decoding:.1f} s")
     return torch.cat(latents)
 
 

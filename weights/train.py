@@ -1,6 +1,7 @@
 """Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `unet`, then `export`. Every phase resumes."""
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def train(name: str, model: nn.Module, loss_of: Any, steps: int, rate: float) ->
     progress, smooth = trange(first, steps, initial=first, total=steps, desc=name), None
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
+            group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         loss = loss_of(np.random.default_rng([1, step]), step / steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -48,12 +48,15 @@ TEXT = [(r"^(?!text_model\.)", "text_model.")]
 
 
 def enliven(module: nn.Module) -> None:
-    """Scale matrices so that signals keep their size, and move every bias and norm away from its trivial value."""
-    for parameter in module.parameters():
+    """Scale matrices so that signals keep their size, and move every bias and norm away from its trivial value.
+
+    What is added to the residual stream is kept quiet, so that an epsilon of 1e-5 in a group norm differs from 1e-6.
+    """
+    for name, parameter in module.named_parameters():
         if parameter.ndim > 1:
-            parameter.data.mul_(3**0.5)
+            parameter.mul_(0.05 * 3**0.5 if re.search(r"(conv_in|conv2|proj_out|attentions\.0\.to_out\.0)\.", name) else 3**0.5)
         else:
-            parameter.data.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_((0.2 if "norm" in name else 0.01) * torch.randn_like(parameter))
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -64,19 +67,12 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=MERGES, model_max_length=77)
 
 
-def save_tokenizer(pipe: StableDiffusionPipeline, folder: Path) -> Path:
-    """Write the tokenizer's folder, with vocab.json and merges.txt beside tokenizer.json as published folders have."""
-    pipe.tokenizer.save_pretrained(folder)
-    pipe.tokenizer.backend_tokenizer.model.save(str(folder))
-    return folder
-
-
 def text_encoder(size: int) -> CLIPTextModel:
     """A text tower of two layers with heads of 64 channels; its start and end tokens are the last two numbers."""
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=size, hidden_size=CONTEXT, intermediate_size=4 * CONTEXT, num_hidden_layers=2, num_attention_heads=CONTEXT // 64,
-        max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=size - 2, eos_token_id=size - 1,
-        pad_token_id=size - 1))
+        vocab_size=size, hidden_size=CONTEXT, intermediate_size=4 * CONTEXT, num_hidden_layers=2,
+        num_attention_heads=CONTEXT // 64, max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=size - 2,
+        eos_token_id=size - 1, pad_token_id=size - 1))
 
 
 def unet() -> UNet2DConditionModel:

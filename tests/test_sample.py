@@ -1,0 +1,98 @@
+"""The script as its users run it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DATA
+from PIL import Image
+
+import sample
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(*words: str, folder: Path) -> subprocess.CompletedProcess:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, ROOT / "sample.py", *words], cwd=folder, env=offline, capture_output=True, text=True)
+
+
+def test_the_bare_command_makes_a_picture_and_its_regions(tmp_path):
+    done = script(folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000-0-regions.png", "00000-0.png"]
+    assert "out/00000-0.png" in done.stdout and "load" in done.stdout
+    with Image.open(tmp_path / "out" / "00000-0.png") as picture:
+        assert picture.size == (64, 64)
+        prompt, facts = picture.text["parameters"].split("\n")
+    assert prompt == "a red car left of a blue star on grass"
+    assert facts.startswith("Steps: 30, Sampler: DPM++ 2M, CFG scale: ") and "Seed: 0, Size: 64x64, Model: Flatland" in facts
+
+
+@pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "scfg-mean", "cfg"])
+def test_every_guidance_in_batches_of_any_size(tmp_path, guidance, capsys):
+    words = ["a blue fish at sea", "--guidance", guidance, "--count", "3", "--steps", "3", "--seed", "7", "--out"]
+    sample.run(sample.parse([*words, str(tmp_path / "a"), "--batch", "2"]))
+    sample.run(sample.parse([*words, str(tmp_path / "b"), "--batch", "1"]))
+    names = [f"0000{i}-{7 + i}.png" for i in range(3)]
+    for name in names:
+        a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "ab")
+        assert np.mean(abs(a - b) <= 1) >= 0.999
+        assert (tmp_path / "a" / name.replace(".png", "-regions.png")).exists()
+        assert f"Seed: {name[6]}," in Image.open(tmp_path / "a" / name).text["parameters"]
+    assert not np.array_equal(*(np.asarray(Image.open(tmp_path / "a" / name)) for name in names[:2]))
+
+
+def test_earlier_pictures_stay(tmp_path):
+    for _ in range(2):
+        sample.run(sample.parse(["--steps", "1", "--out", str(tmp_path)]))
+    assert sorted(path.name for path in tmp_path.glob("*-0.png")) == ["00000-0.png", "00001-0.png"]
+
+
+WRONG = {
+    "no number": (["--steps", "many"], "'many' is no whole number from 1 to 1000"),
+    "zero": (["--steps", "0"], "from 1 to 1000"),
+    "negative": (["--count", "-3"], "from 1 to 10000"),
+    "huge": (["--scale", "1e30"], "'1e30'"),
+    "not a number": (["--scale", "nan"], "'nan'"),
+    "fraction": (["--seed", "1.5"], "'1.5'"),
+    "no size": (["--size", "64"], "give WIDTHxHEIGHT"),
+    "zero size": (["--size", "0x64"], "give WIDTHxHEIGHT"),
+    "huge size": (["--size", "999999x64"], "up to 8192"),
+    "uneven size": (["--size", "66x64"], "64 and 68"),
+    "no guidance": (["--guidance", "magic"], "invalid choice: 'magic'"),
+    "eta": (["--eta", "0.5"], "dpmpp_2m adds no noise"),
+    "no file": (["--checkpoint", "absent.safetensors"], "no such file"),
+    "no device": (["--device", "cuda"], "not available"),
+    "odd device": (["--device", "toaster"], "not available"),
+    "no tokenizer": (["--tokenizer", "absent"], "no tokenizer"),
+    "no folder": (["--out", "/proc/pictures"], "choose another with --out"),
+    "a file as folder": (["--out", __file__], "choose another with --out"),
+    "no text tower": (["--checkpoint", str(DATA / "tiny_sd1.safetensors")], "no text tower"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_line_and_exit_2(tmp_path, case, monkeypatch, capsys):
+    words, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        sample.main()
+    said = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert len(said) == 1 and message in said[0], said
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_wrong_use_from_the_shell(tmp_path):
+    done = script("--steps", "0", folder=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_help_names_the_world(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["--help"])
+    assert "mushroom" in capsys.readouterr().out
