@@ -1,6 +1,6 @@
 """What a run computed, as pictures: regions coloured and named, the guidance scale at every place."""
-import colorsys
 from collections.abc import Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ from .text import Word
 PANEL = 384                                           # pixels along the longer side of a shown picture
 MARGIN, LINE = 16, 20
 INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (120, 120, 128)
+START, END = (205, 205, 210), (110, 110, 118)
+WORD_COLOURS = [(230, 60, 60), (60, 110, 230), (250, 190, 40), (40, 160, 90), (160, 80, 200), (250, 130, 50), (60, 190, 210),
+                (235, 120, 180), (150, 110, 70), (170, 205, 60), (90, 90, 170), (20, 110, 110)]
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 
 
@@ -29,11 +32,8 @@ def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
     """
     best = scores.argmax(0).cpu().numpy()
     after = max((word.stop for word in words), default=1)
-    spans = [("start token", 0, 1, (200, 200, 204))]
-    for i, word in enumerate(words):
-        hue = colorsys.hsv_to_rgb(i * 0.382 % 1, 0.75, 0.95)                  # the golden angle keeps neighbours apart
-        spans.append((word.text, word.start, word.stop, tuple(round(255 * c) for c in hue)))
-    spans.append(("end and padding", after, scores.shape[0], (110, 110, 118)))
+    spans = [("start token", 0, 1, START), ("end and padding", after, scores.shape[0], END)]
+    spans += [(*word, colour) for word, colour in zip(words, cycle(WORD_COLOURS))]
     areas = [Area(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
     return [area for area in areas if area.mask.any()]
 

@@ -96,8 +96,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
         """Pixels (b n c) attend to context (b m d); returns (b n c) and, if asked for, the map (b n m)."""
-        q, k, v = (rearrange(y, "b n (heads d) -> b heads n d", heads=self.heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = rearrange(self.to_q(x), "b n (heads d) -> b heads n d", heads=self.heads)
+        k = rearrange(self.to_k(context), "b m (heads d) -> b heads m d", heads=self.heads)
+        v = rearrange(self.to_v(context), "b m (heads d) -> b heads m d", heads=self.heads)
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
         return self.to_out(out), mean_probabilities(q, k) if with_map else None
 

@@ -1,12 +1,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import error, seeded
 
 import scfg
-from scfg import CFG, SCFG, Guidance
+from scfg import CFG, SCFG, Guidance, flatland
 
 GUIDANCE = {"cfg": CFG(7.5), "scfg": SCFG(7.5)}
 
@@ -50,7 +51,7 @@ def test_with_all_rates_one_the_picture_is_cfgs_bit_for_bit(tiny, prompt):
 @pytest.mark.parametrize("width, height", [(1216, 832), (136, 72)])
 def test_any_size(tiny, prompt, width, height):
     single = scfg.Prompt(context={row: context[:1] for row, context in prompt.context.items()})
-    step = last(tiny.sample(single, SCFG(7.5), steps=1, size=(width, height)))
+    step = last(tiny.sample(single, SCFG(7.5), "ddim", steps=1, size=(width, height)))
     assert step.latent.shape == (1, 4, height // 8, width // 8)
     grid = step.denoised.regions.tokens.shape[-2:]
     assert grid == (math.ceil(height / 32), math.ceil(width / 32))
@@ -111,9 +112,8 @@ def test_wrong_calls_say_what_to_do(flat):
 
 
 def test_encode_and_decode_are_inverse_on_the_world(flat):
-    from scfg import flatland
-    pictures, _ = zip(*(flatland.render(flatland.compose(seed)) for seed in range(10 ** 6, 10 ** 6 + 8)))
-    images = torch.tensor(list(map(lambda picture: picture.tolist(), pictures))).permute(0, 3, 1, 2) / 255
+    pictures = [flatland.render(flatland.compose(seed))[0] for seed in range(10 ** 6, 10 ** 6 + 8)]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
     latent = flat.encode(images)
     assert latent.shape == (8, 8, 16, 16) and 0.8 < latent.std() < 1.25
     assert -10 * math.log10((flat.decode(latent) - images).square().mean()) > 20

@@ -1,9 +1,11 @@
 import gzip
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import DATA
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 import scfg
@@ -51,9 +53,10 @@ def test_a_long_prompt_is_cut_and_says_what_was_cut():
 def test_the_original_vocabulary_file(tmp_path):
     """A file of the original form: a header line, then one merge a line, more of them than CLIP uses."""
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
-    filler = [f"{chr(0x4e00 + i // 240)} {chr(0x5e00 + i % 240)}" for i in range(60000)]
+    letters = sorted(ByteLevel.alphabet())
+    filler = [pair for pair in itertools.product(letters, letters) if pair not in MERGES][:60000]
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("\n".join(["#version: 0.2"] + [" ".join(pair) for pair in MERGES] + filler))
+        file.write("\n".join(["#version: 0.2"] + [" ".join(pair) for pair in MERGES + filler]))
     tokenizer = read_tokenizer(path)
     assert len(tokenizer) == 49408 and tokenizer.bos_token_id == 49406 and tokenizer.eos_token_id == 49407
     assert tokenizer("cat")["input_ids"] == [49406, 512 + 1, 49407]

@@ -34,7 +34,7 @@ def test_non_square_output_equals_the_original(tiny, oracle):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("height, width, divisor", [(32, 32, 1), (104, 152, 4), (13, 9, 1), (1, 5, 1)])
+@pytest.mark.parametrize("height, width, divisor", [(32, 32, 1), (52, 76, 4), (13, 9, 1), (1, 5, 1)])
 def test_maps_leave_the_output_as_it_is(tiny, height, width, divisor):
     inputs = seeded(1, 4, height, width), torch.tensor([500.0]), seeded(2, 77, 48)
     without, none = tiny.unet(*inputs)
