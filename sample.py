@@ -87,8 +87,11 @@ def save(image: Image.Image, path: Path, text: str) -> None:
     info = PngInfo()
     info.add_text("parameters", text)
     part = path.with_suffix(".part")
-    image.save(part, "png", pnginfo=info)
-    part.replace(path)
+    try:
+        image.save(part, "png", pnginfo=info)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     tqdm.write(str(path))
 
 
@@ -165,11 +168,16 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         run(parse())
-    except (scfg.BadInput, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"sample.py: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (scfg.BadInput, FloatingPointError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        print("sample.py: not enough memory for this: try a smaller --size or --batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; pictures already named above are whole. To go on, raise --seed by their number.", file=sys.stderr)
+        print("\ninterrupted; pictures named above are whole. To go on, raise --seed by their number.", file=sys.stderr)
         sys.exit(130)
 
 

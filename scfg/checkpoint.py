@@ -130,6 +130,13 @@ def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torc
     return module.eval().requires_grad_(False), sorted(complaints)
 
 
+def written_config(path: Path, metadata: dict[str, str]) -> Config:
+    try:
+        return Config.from_dict(json.loads(metadata["scfg.config"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path} has unreadable scfg.config metadata ({error}): export it again") from None
+
+
 def metadata_tokenizer(metadata: dict[str, str]) -> CLIPTokenizer | None:
     if "scfg.vocab" not in metadata:
         return None
@@ -141,7 +148,7 @@ def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None =
     """Read a checkpoint whole or not at all; raises BadInput with one line that names what is wrong with it."""
     tensors, metadata = read(path)
     tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
-    config = Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
+    config = written_config(path, metadata) if "scfg.config" in metadata else recognise(tensors)
     if config.text is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_TEXT)}
 

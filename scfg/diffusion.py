@@ -167,7 +167,7 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
     tokenizer: a transformers folder or bpe_simple_vocab_16e6.txt.gz.
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()          # also refuses devices that hold no numbers
     except (RuntimeError, AssertionError):
         raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)

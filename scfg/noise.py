@@ -35,8 +35,8 @@ def spaced_sigmas(spacing: Spacing, steps: int, drop_lowest: bool = False) -> li
         ramp = np.linspace(SIGMAS[-1] ** (1 / 7), SIGMAS[0] ** (1 / 7), steps)
         return [*(ramp ** 7).tolist(), 0.0]
     if spacing == "leading":
-        t = np.arange(steps) * (1000 // steps) + 1
-        return [*SIGMAS[np.minimum(t, 999)][::-1].tolist(), float(SIGMAS[0])]
+        t = np.arange(steps) * (1000 // steps) + (steps < 1000)      # the offset of one has no room in a thousand steps
+        return [*SIGMAS[t][::-1].tolist(), float(SIGMAS[0])]
     if spacing == "linspace":
         t = np.linspace(0, 999, steps + drop_lowest).round().astype(int)[drop_lowest:]
         return [*SIGMAS[t][::-1].tolist(), 0.0]

@@ -40,15 +40,18 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 def read_tokenizer(path: str | Path) -> CLIPTokenizer:
     """A tokenizer from a folder in transformers' layout, or from the original bpe_simple_vocab_16e6.txt.gz."""
-    path = Path(path)
-    if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
-    if path.is_file() and path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")
-        merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]       # the file holds more than CLIP uses
-        return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)
-    raise BadInput(f"{path} is no tokenizer: give a transformers folder (tokenizer.json or vocab.json and merges.txt) "
+    path, reason = Path(path), "there is none"
+    try:
+        if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        if path.is_file() and path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                lines = file.read().split("\n")
+            merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]   # the file holds more than CLIP uses
+            return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)
+    except Exception as error:                        # a damaged file fails in as many ways as the libraries below have parts
+        reason = str(error).split("\n")[0]
+    raise BadInput(f"{path} is no tokenizer ({reason}): give a transformers folder (tokenizer.json or vocab.json and merges.txt) "
                    "or the original bpe_simple_vocab_16e6.txt.gz")
 
 
@@ -85,6 +88,9 @@ class Text(nn.Module):
         Text beyond the context is cut, with a warning that shows it.
         """
         self.tokenizer = self.tokenizer or default_tokenizer()
+        if len(self.tokenizer) != self.config.vocabulary:
+            raise BadInput(f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {self.config.vocabulary}: "
+                           "give the tokenizer of this model with --tokenizer")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets, room = encoded["input_ids"], encoded["offset_mapping"], self.config.length - 2
         if len(ids) > room:
