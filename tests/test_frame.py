@@ -1,7 +1,12 @@
 """The promises about the code itself."""
 import ast
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 import scfg
 
@@ -34,3 +39,21 @@ def test_everything_public_has_a_docstring_or_commented_fields():
     for name in scfg.__all__:
         value = getattr(scfg, name)
         assert not callable(value) or value.__doc__
+
+
+def test_an_installed_wheel_makes_the_same_picture_away_from_the_source(tmp_path, flat):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "run", "tests", "build", "*.egg-info"))
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True)
+    wheel, = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "installed", wheel], check=True)
+    shutil.rmtree(source)
+    program = """if True:
+        import scfg, torch
+        model = scfg.load()
+        *_, step = model.sample(model.prompt("a red car on grass"), scfg.SCFG(5.0), steps=3)
+        torch.save((scfg.__file__, step.latent), "made.pt")"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")}, check=True)
+    where, latent = torch.load(tmp_path / "made.pt")
+    *_, step = flat.sample(flat.prompt("a red car on grass"), scfg.SCFG(5.0), steps=3)
+    assert str(tmp_path) in where and (latent - step.latent).abs().max() < 1e-5

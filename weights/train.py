@@ -2,9 +2,9 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +81,8 @@ class Average:
             self.values[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.values[name].copy_(value)
 
 
-def train(name: str, model: nn.Module, loss_of: Any, steps: int, rate: float) -> dict[str, Tensor]:
-    """Minimise loss_of(generator) with Adam, a warm-up and a cosine; returns the averaged parameters."""
+def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, float], Tensor], steps: int, rate: float) -> None:
+    """Minimise loss_of(random generator, share done) with Adam, a warm-up and a cosine; keeps an average of the parameters."""
     path = RUN / f"{name}.pt"
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
     average, first = Average(model), 0
@@ -107,7 +107,6 @@ def train(name: str, model: nn.Module, loss_of: Any, steps: int, rate: float) ->
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values,
                         "step": step + 1}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
-    return average.values
 
 
 def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -> None:
@@ -202,6 +201,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     RUN.mkdir(exist_ok=True)
+    for before in {"vae": (), "unet": ("vae",), "export": ("vae", "unet")}[args.phase]:
+        if not (RUN / f"{before}.pt").exists():
+            parser.error(f"{args.phase} needs what {before} leaves in {RUN}: run that phase first")
     config = world_config()
     if args.phase == "vae":
         train_vae(config, args.steps or 3000, args.scenes, args.batch or 8, args.device)
