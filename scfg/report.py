@@ -77,7 +77,8 @@ def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Wo
     for i, area in enumerate(sorted(areas, key=lambda area: -area.mask.mean())):
         y = top + height + MARGIN // 2 + i * LINE
         draw.rectangle((lefts[1], y + 2, lefts[1] + 14, y + 16), area.colour, FAINT)
-        draw.text((lefts[1] + 22, y), f"{area.name}  {area.mask.mean():.0%}", INK, font)
+        share = f"{area.mask.mean():.0%}" if area.mask.mean() >= 0.01 else "<1%"
+        draw.text((lefts[1] + 22, y), f"{area.name}  {share}", INK, font)
     y = top + height + MARGIN // 2
     bar = coloured(np.linspace(0, 1, wide)[None].repeat(12, 0), 0, 1)
     sheet.paste(bar, (lefts[2], y))
