@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
     add("--negative", help="what it shall not show")
-    add("--guidance", choices=GUIDANCE, default="scfg", 
+    add("--guidance", choices=GUIDANCE, default="scfg",
         help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the model's own)")
     add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
@@ -70,7 +70,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (default: %(default)s)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the network (default: float32 on the cpu, else float16)")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eta and args.sampler != "ddim":
+        parser.error(f"--eta is a parameter of ddim; {args.sampler} adds no noise")
+    try:
+        f"{args.prompt}{args.negative}".encode()
+    except UnicodeEncodeError:
+        parser.error("the prompt is not UTF-8 text: check the terminal's encoding")
+    return args
 
 
 def parameters(args: argparse.Namespace, model: scfg.Diffusion, seed: int, picture: Image.Image) -> str:
@@ -106,7 +113,8 @@ def check_writable(folder: Path) -> None:
 
 def next_number(folder: Path) -> int:
     """Earlier pictures are never overwritten: files count on from the highest number in the folder."""
-    return max((int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")), default=-1) + 1
+    numbers = [path.name.split("-")[0] for path in folder.glob("*-*.png")]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
 
 class Made(NamedTuple):
@@ -172,7 +180,7 @@ def main() -> None:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
             raise
         print("sample.py: not enough memory for this: try a smaller --size or --batch", file=sys.stderr)
         sys.exit(2)

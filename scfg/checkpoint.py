@@ -2,6 +2,7 @@
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,16 +50,18 @@ def read_ckpt(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled checkpoint; nothing in it is ever run."""
     allowed = (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     try:
-        with torch.serialization.safe_globals([allowed]):
+        with torch.serialization.safe_globals([allowed]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global|type) ([\w.]+\.[\w]+)", str(error))
         what = f"holds code ({found[1]}), which was not run" if found else "is no checkpoint"
         raise BadInput(f"{path} {what}: use a .safetensors file of this model") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError):   # whatever torch makes of a torn file
+    except Exception:                                 # a torn file fails in as many ways as torch's reader has parts
         raise BadInput(f"{path} is no whole .ckpt file: download it again") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise BadInput(f"{path} is no Stable Diffusion checkpoint: it holds no state dict of tensors")
     return content
 
@@ -123,18 +126,12 @@ def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torc
     wanted = module.state_dict()
     complaints = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
     complaints += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
+    complaints += [f"{name} holds {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     complaints += [f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
                    for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name].shape]
     if not complaints:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False), sorted(complaints)
-
-
-def written_config(path: Path, metadata: dict[str, str]) -> Config:
-    try:
-        return Config.from_dict(json.loads(metadata["scfg.config"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} has unreadable scfg.config metadata ({error}): export it again") from None
 
 
 def metadata_tokenizer(metadata: dict[str, str]) -> CLIPTokenizer | None:
@@ -147,8 +144,20 @@ def metadata_tokenizer(metadata: dict[str, str]) -> CLIPTokenizer | None:
 def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None) -> Parts:
     """Read a checkpoint whole or not at all; raises BadInput with one line that names what is wrong with it."""
     tensors, metadata = read(path)
+    try:
+        return assemble(path, tensors, metadata, dtype, tokenizer)
+    except BadInput:
+        raise
+    except Exception as error:                        # absurd shapes or metadata break the building of networks anywhere
+        line = str(error).split("\n")[0]
+        raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
+
+
+def assemble(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype,
+             tokenizer: CLIPTokenizer | None) -> Parts:
+    """The networks of a file's tensors, every one of which must find its place."""
     tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
-    config = written_config(path, metadata) if "scfg.config" in metadata else recognise(tensors)
+    config = Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
     if config.text is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_TEXT)}
 

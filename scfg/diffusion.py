@@ -1,6 +1,7 @@
 """A loaded model: prompt, denoise, sample, encode, decode."""
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_parts
-from .config import BadInput, Config
+from .config import SD2_V, BadInput, Config
 from .guidance import SCFG, Guidance, ScaleRule
 from .noise import Prediction, Spacing, spaced_sigmas, time_of, to_x0
 from .samplers import Denoise, ddim, dpmpp_2m
@@ -68,12 +69,14 @@ class Diffusion:
             raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
         return self.text.prompt(texts, negatives)
 
-    def denoiser(self, prompt: Prompt, guidance: Guidance, watched: Callable[[float], bool] = lambda sigma: False,
+    def denoiser(self, prompt: Prompt, guidance: Guidance | ScaleRule, watched: Callable[[float], bool] = lambda sigma: False,
                  maps: bool = False) -> Denoise:
         """The method itself, as a function (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
         At sigmas where `watched` holds, regions are found even if the guidance does without; `maps` also returns all maps.
         """
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
+
         def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
             rows = guidance.rows(sigma)
             recipe = guidance.segmentation(sigma) or (OFFICIAL if watched(sigma) and "uncond" in rows else None)
@@ -105,10 +108,12 @@ class Diffusion:
             raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
         if eta and "eta" not in inspect.signature(SAMPLERS[sampler]).parameters:
             raise BadInput(f"eta is a parameter of ddim; {sampler} adds no noise")
+        if not 0 <= eta <= 1:
+            raise BadInput(f"eta is a share from 0 to 1, not {eta}")
         sigmas = spaced_sigmas(spacing or NATIVE_SPACING[sampler], steps, drop_lowest=sampler == "dpmpp_2m")
         batch = len(prompt.context["cond"])
         seeds = [seeds + i for i in range(batch if latent is None else len(latent))] if isinstance(seeds, int) else list(seeds)
-        if batch not in (1, len(seeds)) or latent is not None and len(latent) != len(seeds):
+        if not seeds or batch not in (1, len(seeds)) or latent is not None and len(latent) != len(seeds):
             raise BadInput(f"{batch} prompts for {len(seeds)} pictures: give one prompt, or one for each")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = self.latent_shape(size or self.config.size) if latent is None else latent.shape[1:]
@@ -119,9 +124,8 @@ class Diffusion:
         x = (noise() if latent is None else latent.to(self.device, torch.float32)) * math.sqrt(sigmas[0] ** 2 + 1)
         prompt = replace(prompt, **{name: {row: t.to(self.device, self.dtype).expand(len(seeds), *t.shape[1:])
                                            for row, t in getattr(prompt, name).items()} for name in ("context", "vector")})
-        watched = {sigmas[i] for i in watch}
-        denoise = self.denoiser(prompt, guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance),
-                                watched.__contains__, maps)
+        watched = {sigmas[i] for i in watch if i < steps}
+        denoise = self.denoiser(prompt, guidance, watched.__contains__, maps)
         run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({"eta": eta} if eta else {}))
         for i in range(steps):
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
@@ -144,6 +148,8 @@ class Diffusion:
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (b c h w) -> pictures (b 3 H W) in [0, 1]."""
         image = self.vae.decode((latent / self.config.latent_scale).to(self.dtype)).float()
+        if not image.isfinite().all():
+            raise FloatingPointError(f"decoding gave numbers that are not finite in {self.dtype}: try --dtype float32 or bfloat16")
         return (image / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -168,10 +174,13 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
     """
     try:
         torch.zeros(1, device=device).item()          # also refuses devices that hold no numbers
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     config, unet, vae, text = load_parts(Path(path or embedded_checkpoint()), dtype, read_tokenizer(tokenizer) if tokenizer else None)
-    if prediction:
-        config = replace(config, prediction=prediction)
+    if config == replace(SD2_V, text=config.text, unet=config.unet, vae=config.vae) and not prediction:
+        warnings.warn("an SD 2.x file does not say what it predicts: taken as v; base models need prediction eps", stacklevel=2)
+    config = replace(config, prediction=prediction or config.prediction)
+    if config.prediction not in ("eps", "v"):
+        raise BadInput(f"prediction is eps or v, not {config.prediction!r}")
     return Diffusion(config, unet.to(device), vae.to(device), text and text.to(device))

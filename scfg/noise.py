@@ -38,7 +38,8 @@ def spaced_sigmas(spacing: Spacing, steps: int, drop_lowest: bool = False) -> li
         t = np.arange(steps) * (1000 // steps) + (steps < 1000)      # the offset of one has no room in a thousand steps
         return [*SIGMAS[t][::-1].tolist(), float(SIGMAS[0])]
     if spacing == "linspace":
-        t = np.linspace(0, 999, steps + drop_lowest).round().astype(int)[drop_lowest:]
+        drop = int(drop_lowest and steps < 1000)                              # there are no 1001 timesteps
+        t = np.linspace(0, 999, steps + drop).round().astype(int)[drop:]
         return [*SIGMAS[t][::-1].tolist(), 0.0]
     if spacing == "trailing":
         t = (1000 - np.arange(steps) * 1000 / steps).round().astype(int) - 1
@@ -50,4 +51,6 @@ def to_x0(x: Tensor, sigma: float, out: Tensor, prediction: Prediction) -> Tenso
     """The clean latent that the network's output stands for: an affine rule in x and out for either prediction."""
     if prediction == "eps":
         return x - sigma * out
+    if prediction != "v":
+        raise ValueError(f"prediction is eps or v, not {prediction!r}")
     return x / (sigma ** 2 + 1) - out * (sigma / (sigma ** 2 + 1) ** 0.5)

@@ -57,7 +57,7 @@ def coloured(values: np.ndarray, low: float, high: float) -> Image.Image:
 def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str) -> Image.Image:
     """One sheet: the picture, its regions (scores (t h w)) with their names, the scale map (h w) with its colour bar."""
     zoom = PANEL / max(image.size)
-    width, height = round(image.width * zoom), round(image.height * zoom)
+    width, height = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
     areas, values = named_areas(scores, words), scale.cpu().numpy().astype(float)
     paint = np.zeros((*scores.shape[-2:], 3), np.uint8)
     for area in areas:

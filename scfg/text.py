@@ -1,5 +1,7 @@
 """Prompts: tokens, the words they make up, and the text tower that turns them into context."""
 import gzip
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -55,13 +58,28 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
                    "or the original bpe_simple_vocab_16e6.txt.gz")
 
 
+def hub_answers() -> bool:
+    """Asked first, because a download that cannot succeed is retried for minutes."""
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def default_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer from transformers' cache, else from its hub."""
-    for local_files_only in (True, False):
+    for local_files_only in (True, False) if hub_answers() else (True,):
         try:
-            return CLIPTokenizer.from_pretrained(HUB_TOKENIZER, local_files_only=local_files_only)
+            tokenizer = CLIPTokenizer.from_pretrained(HUB_TOKENIZER, local_files_only=local_files_only)
         except (OSError, ValueError):
             continue
+        if len(tokenizer) == TextConfig().vocabulary:                         # from an empty cache comes an empty tokenizer
+            return tokenizer
     raise BadInput("this checkpoint carries no vocabulary, and CLIP's is neither in transformers' cache nor can it be downloaded: "
                    "give --tokenizer with a transformers folder or bpe_simple_vocab_16e6.txt.gz")
 
@@ -114,6 +132,8 @@ class Text(nn.Module):
 
     def prompt(self, texts: Sequence[str], negatives: Sequence[str]) -> Prompt:
         """Encode the texts and their negatives, one of each for every picture."""
+        if not texts:
+            raise BadInput("no prompt: give at least one text")
         tokens, words = zip(*map(self.tokenize, texts))
         negative_tokens, negative_words = zip(*map(self.tokenize, negatives))
         self.warn_of_unseen(sum(words + negative_words, ()))

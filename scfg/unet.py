@@ -237,6 +237,8 @@ class UNet(nn.Module):
         """
         capture = Capture(map_pixels, keep)
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
+        if (vector is None) == bool(self.config.vector_dim):
+            raise ValueError(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its context")
         if vector is not None:
             embedding = expand(embedding, len(vector)) + self.label_emb(vector)
             x = expand(x, len(vector))

@@ -20,8 +20,9 @@ def test_time_of_inverts_the_table_and_is_linear_in_log_sigma():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
-def test_every_spacing_falls(spacing, steps):
-    sigmas = spaced_sigmas(spacing, steps)
+@pytest.mark.parametrize("drop_lowest", [True, False])
+def test_every_spacing_falls(spacing, steps, drop_lowest):
+    sigmas = spaced_sigmas(spacing, steps, drop_lowest)
     assert len(sigmas) == steps + 1 and all(a > b for a, b in zip(sigmas, sigmas[1:-1]))
 
 

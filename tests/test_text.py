@@ -71,10 +71,8 @@ def test_no_tokenizer_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(scfg.BadInput, match="is no tokenizer"):
         read_tokenizer(tmp_path)
 
-    def offline(*args, **kwargs):
-        raise OSError("offline")
-
-    monkeypatch.setattr(text.CLIPTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(text, "HUB_TOKENIZER", "nobody/has-this-in-a-cache")
+    monkeypatch.setattr(text, "HF_HUB_OFFLINE", True)
     with pytest.raises(scfg.BadInput, match="give --tokenizer"):
         Text(scfg.config.TextConfig(width=64, layers=1, heads=1, vocabulary=9)).tokenize("cat")
 

@@ -122,6 +122,8 @@ def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -
         return error.square().mean() + min(1, 4 * done) * error.abs().mean() + KL_WEIGHT * divergence   # L1 alone greys colours
 
     train("vae", vae, loss_of, steps, 1e-3)
+    for stale in RUN.glob("latents-*.pt"):
+        stale.unlink()
 
 
 def trained_vae(config: Config, device: str) -> VAE:
