@@ -112,6 +112,22 @@ def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):
         assert "\n" not in str(caught.value), path
 
 
+@pytest.mark.parametrize("metadata", [
+    {"scfg.config": "{"}, {"scfg.config": "[]"}, {"scfg.config": '{"name": "x"}'}, {"scfg.config": '{"name": "x", "unet": null}'},
+    {"scfg.config": '{"name": "x", "unet": {"context_dim": 48, "model_channels": 33, "heads": 0}}'}])
+def test_unusable_metadata_is_one_line(tmp_path, tensors, metadata):
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    with pytest.raises(scfg.BadInput, match="no usable checkpoint|unexpected|missing") as caught:
+        scfg.load(tmp_path / "model.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_fractions_are_refused(tmp_path, tensors):
+    name = checkpoint.UNET + "out.2.bias"
+    with pytest.raises(scfg.BadInput, match="out.2.bias holds torch.int8"):
+        scfg.load(saved(tmp_path, tensors | {name: torch.ones(4, dtype=torch.int8)}))
+
+
 def test_prediction_and_dtype_can_be_chosen():
     model = scfg.load(DATA / "tiny_sd1.safetensors", prediction="v", dtype=torch.bfloat16)
     assert model.config.prediction == "v" and model.dtype == torch.bfloat16

@@ -41,4 +41,6 @@ def test_both_predictions_find_the_clean_latent(sigma):
     x0, noise = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 3, 3, dtype=torch.float64)
     x, a = x0 + sigma * noise, 1 / (sigma ** 2 + 1)
     assert torch.allclose(to_x0(x, sigma, noise, "eps"), x0)
+    with pytest.raises(ValueError, match="eps or v"):
+        to_x0(x, sigma, noise, "epsilon")
     assert torch.allclose(to_x0(x, sigma, a ** 0.5 * noise - (1 - a) ** 0.5 * x0, "v"), x0)            # Salimans & Ho, 2202.00512

@@ -79,6 +79,8 @@ def test_a_vector_reaches_the_output():
     apart = torch.cat([unet(x, t, context[i:i + 1], vector[i:i + 1])[0] for i in range(2)])
     assert error(out, apart) < 1e-5
     assert error(unet(x, t, context, vector.flip(0))[0], out) > 1e-3
+    with pytest.raises(ValueError, match="takes a vector"):
+        unet(x, t, context)
 
 
 def test_mean_probabilities_against_float64_and_their_gradient():
