@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from .text import Word
@@ -25,6 +25,14 @@ class Area(NamedTuple):
     colour: tuple[int, int, int]
 
 
+def word_colour(text: str, otherwise: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A word that names a colour is shown in it."""
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        return otherwise
+
+
 def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
     """Token scores (t h w) -> the areas of the start token, of every word, and of the end with its padding.
 
@@ -33,7 +41,7 @@ def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
     best = scores.argmax(0).cpu().numpy()
     after = max((word.stop for word in words), default=1)
     spans = [("start token", 0, 1, START), ("end and padding", after, scores.shape[0], END)]
-    spans += [(*word, colour) for word, colour in zip(words, cycle(WORD_COLOURS))]
+    spans += [(*word, word_colour(word.text, colour)) for word, colour in zip(words, cycle(WORD_COLOURS))]
     areas = [Area(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
     return [area for area in areas if area.mask.any()]
 

@@ -15,6 +15,7 @@ def test_areas_are_named_by_word_start_and_padding():
     assert areas["cat"].mask.tolist() == [[False, True, True], [False, False, False]]
     assert areas["red"].mask.tolist() == [[False, False, False], [True, False, False]]
     assert areas["end and padding"].mask.tolist() == [[False, False, False], [False, True, True]]
+    assert areas["red"].colour == (255, 0, 0)
     assert (areas["start token"].colour, areas["end and padding"].colour) == (START, END)
     assert set(map(lambda area: area.name, named_areas(scores([1, 1]), (Word("cat", 1, 3),)))) == {"cat"}
     assert named_areas(scores([1, 1]), ())[0].name == "end and padding"
