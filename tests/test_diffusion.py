@@ -43,6 +43,15 @@ def test_noise_of_a_picture_is_its_seeds_alone(flat):
     assert error(shuffled, straight.flip(0)) < 1e-4
 
 
+@pytest.mark.parametrize("rule", [SCFG(7.5), SCFG.paper(7.5), SCFG.mean(7.5)])
+def test_four_pictures_at_once_equal_four_alone_over_many_steps(tiny, oracle, rule):
+    context = {"uncond": oracle["context_uncond"].expand(4, -1, -1), "cond": oracle["unet_context"]}
+    together = last(tiny.sample(scfg.Prompt(context=context), rule, steps=6, size=(256, 256), seeds=3)).latent
+    for i in range(4):
+        alone = scfg.Prompt(context={row: rows[i:i + 1] for row, rows in context.items()})
+        assert error(last(tiny.sample(alone, rule, steps=6, size=(256, 256), seeds=3 + i)).latent[0], together[i]) < 1e-4
+
+
 def test_with_all_rates_one_the_picture_is_cfgs_bit_for_bit(tiny, prompt):
     one = SCFG(7.5, limits=(1.0, 1.0))
     a, b = (last(tiny.sample(prompt, rule, steps=4, size=(256, 256), seeds=1)) for rule in (one, CFG(7.5)))
