@@ -20,7 +20,11 @@ from scfg.flatland import WORDS
 from scfg.report import report, to_image
 
 GUIDANCE = {"scfg": scfg.SCFG, "scfg-paper": scfg.SCFG.paper, "scfg-mean": scfg.SCFG.mean, "cfg": scfg.CFG}
-SAMPLER_NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}          # as Stable Diffusion tools call them
+SAMPLER_NAMES = {                                                 # as Stable Diffusion tools call them
+    "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun",
+    "unipc": "UniPC", "ddim": "DDIM"}
+NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
+                   for c in (*scfg.config.FAMILIES, scfg.config.FLATLAND))
 LARGEST_SIDE = 8192
 
 
@@ -49,30 +53,35 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=f"The embedded model knows these words: {' '.join(WORDS)}")
+    parser = Parser(description=__doc__, epilog=f"Native to the families: {NATIVE}. The embedded model, Flatland, knows these words: "
+                    f"{' '.join(WORDS)}.")
     add = parser.add_argument
     add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
-    add("--negative", help="what it shall not show")
+    add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
     add("--guidance", choices=GUIDANCE, default="scfg",
         help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
-    add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the model's own)")
+    add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
-    add("--spacing", choices=["leading", "linspace", "trailing", "karras"], help="of the noise levels (default: the sampler's own)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="ddim: the share of fresh noise (default: %(default)s)")
+    add("--spacing", choices=["leading", "linspace", "trailing", "karras"],
+        help="of the noise levels (default: the family's own or, where that is the usual, leading for ddim and linspace for others)")
+    add("--eta", type=number(float, 0, 1), help="share of fresh noise (default: 0 for ddim, 1 for euler_ancestral and dpmpp_2m_sde)")
     add("--steps", type=number(int, 1, 1000), default=30, help="of denoising (default: %(default)s)")
-    add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the model's own, 64x64 for the embedded one)")
+    add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the family's own)")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the first picture; the others count on (default: %(default)s)")
     add("--count", type=number(int, 1, 10000), default=1, help="pictures to make (default: %(default)s)")
     add("--batch", type=number(int, 1, 1000), default=4, help="pictures made at once; they depend on their seeds alone (default: %(default)s)")
-    add("--checkpoint", type=Path, help="original Stable Diffusion 1.x file, .safetensors or .ckpt (default: the embedded model)")
+    add("--checkpoint", type=Path, help="original Stable Diffusion 1.x, 2.x or SDXL file, .safetensors or .ckpt (default: the embedded model)")
+    add("--refiner", type=Path, help="an SDXL refiner's file; it takes over from an SDXL checkpoint")
+    add("--refiner-from", type=number(float, 0, 1), default=0.8, help="the share of the timesteps before it does (default: %(default)s)")
+    add("--vae", type=Path, help="a file whose VAE is used instead of the checkpoint's")
     add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
+    add("--clip-skip", type=number(int, 1, 100), help="take the text towers' N-th last layer (default: 1 for SD 1.x, 2 for others)", metavar="N")
     add("--tokenizer", type=Path, help="transformers folder or bpe_simple_vocab_16e6.txt.gz, for files without a vocabulary")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (default: %(default)s)")
+    add("--offload", action="store_true", help="keep the text towers off the device but while they encode")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the network (default: float32 on the cpu, else float16)")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.eta and args.sampler != "ddim":
-        parser.error(f"--eta is a parameter of ddim; {args.sampler} adds no noise")
     try:
         f"{args.prompt}{args.negative}".encode()
     except UnicodeEncodeError:
@@ -85,7 +94,7 @@ def parameters(args: argparse.Namespace, model: scfg.Diffusion, seed: int, pictu
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     facts = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.scale, "Seed": seed,
              "Size": f"{picture.width}x{picture.height}", "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
-             "Guidance": args.guidance} | ({"Schedule type": args.spacing} if args.spacing else {}) | ({"Eta": args.eta} if args.eta else {})
+             "Guidance": args.guidance, "Schedule type": args.spacing} | ({} if args.eta is None else {"Eta": args.eta})
     return f"{args.prompt}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
 
 
@@ -124,11 +133,33 @@ class Made(NamedTuple):
     notes: Counter[str]                               # in how many steps each was made
 
 
-def make(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, seeds: Sequence[int], progress: tqdm) -> Made:
+def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg.Refiner | None]:
+    """Load what is asked for, fill in what the family has of its own, and say what will be run."""
+    def load(path: Path | None, **options) -> tuple[scfg.Diffusion, scfg.Prompt]:
+        model = scfg.load(path, device=args.device, dtype=args.dtype and getattr(torch, args.dtype), tokenizer=args.tokenizer,
+                          offload=args.offload, **options)
+        return model, model.prompt(args.prompt, args.negative, args.clip_skip)
+    model, prompt = load(args.checkpoint, prediction=args.prediction, vae=args.vae)
+    args.scale = model.config.scale if args.scale is None else args.scale
+    args.size = args.size or model.config.size
+    args.spacing = args.spacing or model.spacing(args.sampler)
+    model.latent_shape(args.size)                                             # a size that cannot be, said before any work
+    refiner = scfg.Refiner(*load(args.refiner), args.refiner_from) if args.refiner else None
+    model.check(args.sampler, args.eta, refiner)
+    check_writable(args.out)
+    print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {args.guidance} at scale {args.scale:g}, {args.steps} steps of "
+          f"{SAMPLER_NAMES[args.sampler]} over {args.spacing} noise levels, {args.count} from seed {args.seed}"
+          + (f", {refiner.model.config.name} from {args.refiner_from:g} on" if refiner else ""))
+    return model, prompt, refiner
+
+
+def make(model: scfg.Diffusion, prompt: scfg.Prompt, refiner: scfg.Refiner | None, args: argparse.Namespace, seeds: Sequence[int],
+         progress: tqdm) -> Made:
     """One batch of pictures, from noise to latent."""
     middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
     guidance, scores, scale, notes = GUIDANCE[args.guidance](args.scale), 0, 0, Counter()
-    for step in model.sample(prompt, guidance, args.sampler, args.spacing, args.steps, args.size, seeds, eta=args.eta, watch=middle):
+    for step in model.sample(prompt, guidance, args.sampler, args.spacing, args.steps, args.size, seeds, eta=args.eta,
+                             refiner=refiner, watch=middle):
         denoised = step.denoised
         if step.index in middle:
             scores = scores + denoised.regions.scores / len(middle)
@@ -139,8 +170,9 @@ def make(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, s
 
 
 def write(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, seeds: Sequence[int], made: Made) -> None:
-    """Decode a batch and write every picture with its regions beside it."""
-    for seed, picture, scores, scale in zip(seeds, map(to_image, model.decode(made.latent)), made.scores, made.scale):
+    """Decode a batch, one by one to save memory, and write every picture with its regions beside it."""
+    for seed, latent, scores, scale in zip(seeds, made.latent, made.scores, made.scale):
+        picture = to_image(model.decode(latent[None])[0])
         name, text = f"{next_number(args.out):05d}-{seed}", parameters(args, model, seed, picture)
         title = f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})"
         save(report(picture, scores, scale, prompt.words[0], title), args.out / f"{name}-regions.png", text)
@@ -150,18 +182,13 @@ def write(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, 
 def run(args: argparse.Namespace) -> Tensor:
     """Make and write all pictures; returns their final latents (count c h w)."""
     started = time.perf_counter()
-    model = scfg.load(args.checkpoint, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
-                      prediction=args.prediction, tokenizer=args.tokenizer)
-    args.scale = model.config.scale if args.scale is None else args.scale
-    model.latent_shape(args.size or model.config.size)                        # a size that cannot be, said before any work
-    prompt = model.prompt(args.prompt, args.negative)
-    check_writable(args.out)
+    model, prompt, refiner = prepare(args)
     loading, sampling, decoding, latents = time.perf_counter() - started, 0.0, 0.0, []
     with tqdm(total=args.count * args.steps, desc="sampling", unit="step") as progress:
         for first in range(args.seed, args.seed + args.count, args.batch):
             seeds = range(first, min(first + args.batch, args.seed + args.count))
             started = time.perf_counter()
-            made = make(model, prompt, args, seeds, progress)
+            made = make(model, prompt, refiner, args, seeds, progress)
             sampled = time.perf_counter()
             write(model, prompt, args, seeds, made)
             sampling, decoding = sampling + sampled - started, decoding + time.perf_counter() - sampled

@@ -14,17 +14,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from .config import SD1, SD2_V, SDXL, SDXL_REFINER, BadInput, Config, TextConfig
+from .config import SD1, SD2_V, SDXL, SDXL_REFINER, BadInput, Config, TextConfig, VAEConfig
 from .text import Text
 from .unet import UNet
 from .vae import VAE
 
-UNET, FIRST_STAGE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
-OTHER_TEXT = ("cond_stage_model.model.", "conditioner.embedders.")            # open_clip towers: not read yet
+UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 DROPPED = re.compile(                                 # buffers and training leftovers of published files
     r"model_ema\..*|betas|(sqrt_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\.sigmas"
-    r"|first_stage_model\.loss\..*|cond_stage_model\.logit_scale|.*\.embeddings\.position_ids")
+    r"|first_stage_model\.(loss|model_ema)\..*|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?logit_scale"
+    r"|cond_stage_model\.model\.text_projection|.*\.embeddings\.position_ids")
+OPEN_CLIP = {                                         # its names, as patterns -> transformers', for a tower's parameters
+    r"^positional_embedding$": "embeddings.position_embedding.weight", r"^token_embedding\.": "embeddings.token_embedding.",
+    r"^transformer\.resblocks\.": "encoder.layers.", r"^ln_final\.": "final_layer_norm.", r"\.ln_(\d)\.": r".layer_norm\1.",
+    r"\.attn\.out_proj\.": ".self_attn.out_proj.", r"\.mlp\.c_fc\.": ".mlp.fc1.", r"\.mlp\.c_proj\.": ".mlp.fc2."}
 
 
 class Parts(NamedTuple):
@@ -77,46 +81,74 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raise BadInput(f"{path} is neither .safetensors nor .ckpt: give an original Stable Diffusion checkpoint")
 
 
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def shape(tensors: dict[str, Tensor], name: str) -> torch.Size:
+    if name not in tensors:
+        raise BadInput(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
+    return tensors[name].shape
+
+
 def recognise(tensors: dict[str, Tensor]) -> Config:
     """The family from names, its sizes from shapes (heads and prediction are in no file: they come from the family)."""
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise BadInput(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
-        return tensors[name].shape
-
-    shape(UNET + "input_blocks.0.0.weight")
+    channels, in_channels, *_ = shape(tensors, UNET + "input_blocks.0.0.weight")
     if UNET + "label_emb.0.0.weight" in tensors:
         family = SDXL_REFINER if UNET + "input_blocks.11.0.in_layers.0.weight" in tensors else SDXL
     else:
-        family = SD1 if len(shape(UNET + "middle_block.1.proj_in.weight")) == 4 else SD2_V
-    channels, in_channels, *_ = shape(UNET + "input_blocks.0.0.weight")
+        family = SD1 if len(shape(tensors, UNET + "middle_block.1.proj_in.weight")) == 4 else SD2_V
     firsts = [1 + level * (family.unet.res_blocks + 1) for level in range(len(family.unet.channel_mult))]
     unet = replace(
-        family.unet, model_channels=channels, in_channels=in_channels, out_channels=shape(UNET + "out.2.weight")[0],
-        channel_mult=tuple(shape(f"{UNET}input_blocks.{i}.0.out_layers.0.weight")[0] // channels for i in firsts),
-        context_dim=shape(UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        vector_dim=shape(UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0)
-    channels = shape(FIRST_STAGE + "encoder.conv_in.weight")[0]
-    vae = replace(
-        family.vae, channels=channels, latent_channels=shape(FIRST_STAGE + "decoder.conv_in.weight")[1],
-        channel_mult=tuple(shape(f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight")[0] // channels for i in range(4)))
+        family.unet, model_channels=channels, in_channels=in_channels, out_channels=shape(tensors, UNET + "out.2.weight")[0],
+        channel_mult=tuple(shape(tensors, f"{UNET}input_blocks.{i}.0.out_layers.0.weight")[0] // channels for i in firsts),
+        context_dim=shape(tensors, UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        vector_dim=shape(tensors, UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0)
+    vae = vae_sizes(family.vae, tensors)
     if unet.in_channels != vae.latent_channels:
         raise BadInput(f"unknown architecture: the U-Net takes {unet.in_channels} channels (an inpainting model?), "
                        f"the latent has {vae.latent_channels}; only text-to-image checkpoints are supported")
-    return replace(family, unet=unet, vae=vae, text=clip_sizes(tensors) if family.text else None)
+    towers = tuple(tower_sizes(tower, tower_tensors(part(tensors, tower.prefix))) for tower in family.text)
+    return replace(family, unet=unet, vae=vae, text=towers if part(tensors, family.text[0].prefix) else ())
 
 
-def clip_sizes(tensors: dict[str, Tensor]) -> TextConfig | None:
-    """Sizes of a CLIP tower, whose heads are 64 wide; None where the file holds none."""
-    shapes = {name.removeprefix(CLIP).removeprefix("text_model."): t.shape for name, t in tensors.items() if name.startswith(CLIP)}
+def vae_sizes(vae: VAEConfig, tensors: dict[str, Tensor]) -> VAEConfig:
+    """The sizes of a family's VAE from its tensors."""
+    channels = shape(tensors, FIRST_STAGE + "encoder.conv_in.weight")[0]
+    norms = [shape(tensors, f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight") for i in range(len(vae.channel_mult))]
+    return replace(vae, channels=channels, channel_mult=tuple(width // channels for width, in norms),
+                   latent_channels=shape(tensors, FIRST_STAGE + "decoder.conv_in.weight")[1])
+
+
+def tower_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A text tower's tensors under the names that transformers gives them; open_clip keeps q, k and v in one."""
+    found = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("text_model.")       # some published files lack it
+        for theirs, ours in OPEN_CLIP.items():
+            name = re.sub(theirs, ours, name)
+        if name == "text_projection":
+            found["text_projection.weight"] = tensor.mT
+        elif ".attn.in_proj_" in name:
+            layer, kind = name.split(".attn.in_proj_")
+            found |= {f"transformer.{layer}.self_attn.{q}_proj.{kind}": third for q, third in zip("qkv", tensor.chunk(3))}
+        else:
+            found[f"transformer.{name}"] = tensor
+    return found
+
+
+def tower_sizes(tower: TextConfig, tensors: dict[str, Tensor]) -> TextConfig:
+    """The sizes of a family's text tower, whose heads are 64 wide, from its tensors; as the family has them where there are none."""
+    shapes = {name.removeprefix("transformer."): tensor.shape for name, tensor in tensors.items()}
     if not shapes:
-        return None
+        return tower
     try:
         (vocabulary, width), length = shapes["embeddings.token_embedding.weight"], shapes["embeddings.position_embedding.weight"][0]
+        pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
     except KeyError as error:
-        raise BadInput(f"missing from the checkpoint: {CLIP}text_model.{error.args[0]}") from None
+        raise BadInput(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
     layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
-    return TextConfig(width, layers, max(1, width // 64), length, vocabulary)
+    return replace(tower, width=width, layers=layers, heads=max(1, width // 64), length=length, vocabulary=vocabulary, pooled=pooled)
 
 
 def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
@@ -141,11 +173,36 @@ def metadata_tokenizer(metadata: dict[str, str]) -> CLIPTokenizer | None:
     return CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)
 
 
-def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None) -> Parts:
+def replace_vae(path: Path, config: Config, tensors: dict[str, Tensor]) -> tuple[Config, dict[str, Tensor]]:
+    """Another file's VAE, be it alone there or in a whole checkpoint, in the place of this one's."""
+    found, metadata = read(path)
+    if part(found, UNET):
+        other = family_of(found, metadata)
+        if other.latent_scale != config.latent_scale:
+            raise BadInput(f"{path} is {other.name}, whose latents are not those of {config.name}: give a VAE of this family")
+    else:
+        warnings.warn(f"a VAE alone does not say its family: {path} is taken for one of {config.name}", stacklevel=2)
+    found = part(found, FIRST_STAGE) or found
+    found = {FIRST_STAGE + name: t for name, t in found.items() if name.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
+    try:
+        vae = vae_sizes(config.vae, found)
+    except BadInput:
+        raise BadInput(f"{path} holds no VAE of {config.name}'s layout") from None
+    if vae.latent_channels != config.vae.latent_channels:
+        raise BadInput(f"{path} has latents of {vae.latent_channels} channels, those of {config.name} have "
+                       f"{config.vae.latent_channels}: give a VAE of this family")
+    return replace(config, vae=vae), {name: t for name, t in tensors.items() if not name.startswith(FIRST_STAGE)} | found
+
+
+def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None, vae: Path | None = None) -> Parts:
     """Read a checkpoint whole or not at all; raises BadInput with one line that names what is wrong with it."""
     tensors, metadata = read(path)
     try:
-        return assemble(path, tensors, metadata, dtype, tokenizer)
+        tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
+        config = family_of(tensors, metadata)
+        if vae:
+            config, tensors = replace_vae(vae, config, tensors)
+        return assemble(path, config, tensors, metadata, dtype, tokenizer)
     except BadInput:
         raise
     except Exception as error:                        # absurd shapes or metadata break the building of networks anywhere
@@ -153,27 +210,26 @@ def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None =
         raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
 
 
-def assemble(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype,
+def family_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Config:
+    return Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
+
+
+def assemble(path: Path, config: Config, tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype,
              tokenizer: CLIPTokenizer | None) -> Parts:
     """The networks of a file's tensors, every one of which must find its place."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
-    config = Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
-    if config.text is None:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(OTHER_TEXT)}
-
-    def take(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-    unet, complaints = build(lambda: UNet(config.unet), take(UNET), dtype)
-    vae, more = build(lambda: VAE(config.vae), take(FIRST_STAGE), dtype)
+    unet, complaints = build(lambda: UNet(config.unet), part(tensors, UNET), dtype)
+    vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
+    vae, more = build(lambda: VAE(config.vae), part(tensors, FIRST_STAGE), vae_dtype)
     text, complaints = None, complaints + more
     if config.text:
-        tower = {f"transformer.{name.removeprefix('text_model.')}": tensor for name, tensor in take(CLIP).items()}
+        towers = {f"towers.{i}.{name}": tensor for i, tower in enumerate(config.text)
+                  for name, tensor in tower_tensors(part(tensors, tower.prefix)).items()}
         seen = json.loads(metadata.get("scfg.words", "[]"))
-        text, more = build(lambda: Text(config.text, tokenizer or metadata_tokenizer(metadata), seen), tower, dtype)
+        text, more = build(lambda: Text(config.text, tokenizer or metadata_tokenizer(metadata), seen), towers, dtype)
         text.restore_buffers()
         complaints += more
-    complaints += [f"unexpected {name}" for name in tensors]
+    known = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
+    complaints += [f"unexpected {name}" for name in tensors if not name.startswith(known)]
     if complaints:
         rest = f" and {len(complaints) - 10} more" if len(complaints) > 10 else ""
         raise BadInput(f"{path} is no whole {config.name} checkpoint: {', '.join(complaints[:10])}{rest}")

@@ -9,19 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from .checkpoint import load_parts
 from .config import SD2_V, BadInput, Config
 from .guidance import SCFG, Guidance, ScaleRule
 from .noise import Prediction, Spacing, spaced_sigmas, time_of, to_x0
-from .samplers import Denoise, ddim, dpmpp_2m
+from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
 from .segment import OFFICIAL, Regions
 from .text import Prompt, Text, read_tokenizer
-from .unet import Maps, UNet, all_of_it
+from .unet import Maps, UNet, all_of_it, timestep_embedding
 from .vae import VAE
 
-SAMPLERS: dict[str, Callable] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
-NATIVE_SPACING: dict[str, Spacing] = {"ddim": "leading", "dpmpp_2m": "linspace"}
+SAMPLERS: dict[str, Callable] = {
+    "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun,
+    "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc}
+MULTISTEP = {"dpmpp_2m", "dpmpp_2m_sde", "unipc"}     # of linspace noise levels they leave the lowest out
 
 
 class Denoised(NamedTuple):
@@ -43,12 +46,25 @@ class Step(NamedTuple):
     denoised: Denoised
 
 
+def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
+    """The early one for a share `start` of the training's timesteps, counted from the noise, then the late one."""
+    last = round(1000 * (1 - start))
+    return lambda x, sigma, previous: (early if time_of(sigma) >= last else late)(x, sigma, previous)
+
+
+class Refiner(NamedTuple):
+    """A second model that takes a run over, with its own words for what the picture shows."""
+    model: "Diffusion"
+    prompt: Prompt
+    start: float = 0.8                                # the share of the training's timesteps that is not its own
+
+
 @dataclass(frozen=True)
 class Diffusion:
     config: Config
     unet: UNet
     vae: VAE
-    text: Text | None
+    text: Text | None                                 # where it is not on the device, its towers visit it one by one
 
     @property
     def device(self) -> torch.device:
@@ -59,15 +75,30 @@ class Diffusion:
         return self.unet.out[2].weight.dtype
 
     @torch.no_grad()
-    def prompt(self, text: str | Sequence[str], negative: str | Sequence[str] | None = None) -> Prompt:
-        """Encode one text a picture, with one negative for all or one each (default: the empty text)."""
+    def prompt(self, text: str | Sequence[str], negative: str | Sequence[str] | None = None, clip_skip: int | None = None) -> Prompt:
+        """Encode one text a picture, with one negative for all or one each (default: the empty text; for SDXL zeros).
+
+        clip_skip: the text towers' layer, counted from the last, in place of the family's own.
+        """
         if self.text is None:
-            raise BadInput(f"this {self.config.name} checkpoint has no text tower that can be read: give Prompt(context=...) instead")
+            raise BadInput(f"this {self.config.name} checkpoint has no text tower: give Prompt(context=...) instead")
         texts = [text] if isinstance(text, str) else list(text)
-        negatives = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else list(negative)
-        if len(negatives) != len(texts):
+        if negative is None and not self.config.zero_negative:
+            negative = ""
+        negatives = [negative] * len(texts) if isinstance(negative, str) else negative
+        if negatives is not None and len(negatives) != len(texts):
             raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
-        return self.text.prompt(texts, negatives)
+        return self.text.prompt(texts, negatives, self.device, clip_skip)
+
+    def vector(self, pooled: Tensor, row: str, height: int, width: int) -> Tensor:
+        """Pooled text (b p) of a row -> what XL is told of the whole picture (b v) (Podell et al. 2023, 2307.01952, section 2.2).
+
+        After the text come sinusoids of the original height and width, the crop's top and left, and the target's height and
+        width, in pixels; for the refiner an aesthetic score in place of the last two.
+        """
+        aim = (height, width) if self.config.aesthetic is None else (self.config.aesthetic[row != "uncond"],)
+        told = timestep_embedding(torch.tensor((height, width, 0, 0, *aim), device=pooled.device), 256).flatten()
+        return torch.cat([pooled, told.to(pooled.dtype).expand(len(pooled), -1)], dim=1)
 
     def denoiser(self, prompt: Prompt, guidance: Guidance | ScaleRule, watched: Callable[[float], bool] = lambda sigma: False,
                  maps: bool = False) -> Denoise:
@@ -76,41 +107,50 @@ class Diffusion:
         At sigmas where `watched` holds, regions are found even if the guidance does without; `maps` also returns all maps.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
+        if self.config.unet.vector_dim and not prompt.pooled:
+            raise BadInput(f"{self.config.name} is told the pooled text too: give Prompt(context=..., pooled=...)")
+        silent = (prompt.context["uncond"] == 0).flatten(1).all(1) if "uncond" in prompt.context else None
+        said = ("the unconditional context is all zeros: the foreground is the conditional half's",)
 
         def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
             rows = guidance.rows(sigma)
             recipe = guidance.segmentation(sigma) or (OFFICIAL if watched(sigma) and "uncond" in rows else None)
             pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
+            height, width = (side * self.config.vae.factor for side in x.shape[-2:])
             out, kept = self.unet(
                 (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)),
                 torch.cat([prompt.context[row] for row in rows]),
-                torch.cat([prompt.vector[row] for row in rows]) if prompt.vector else None,
+                torch.cat([self.vector(prompt.pooled[row], row, height, width) for row in rows]) if prompt.pooled else None,
                 map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete)
             by_row = dict(zip(rows, out.float().chunk(len(rows))))
             completed = [recipe.complete(block) for block in kept] if recipe and maps else kept
-            regions = recipe.assign(completed) if recipe else None
+            regions = recipe.assign(completed, silent) if recipe else None
             guided = guidance.combine(by_row, regions, sigma, previous and previous.state)
             x0 = to_x0(x, sigma, guided.out, self.config.prediction)
-            return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, guided.notes)
+            notes = guided.notes + (said if recipe and recipe.foreground == "uncond" and silent.any() else ())
+            return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, notes)
         return denoise
+
+    def spacing(self, sampler: str) -> Spacing:
+        """The noise levels native to the family, or else usual for the sampler."""
+        return self.config.spacing or ("leading" if sampler == "ddim" else "linspace")
 
     def sample(self, prompt: Prompt, guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
                spacing: Spacing | None = None, steps: int = 30, size: tuple[int, int] | None = None,
-               seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float = 0.0,
-               watch: range = range(0), maps: bool = False) -> Iterator[Step]:
+               seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float | None = None,
+               refiner: Refiner | None = None, watch: range = range(0), maps: bool = False) -> Iterator[Step]:
         """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
 
         size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
-        noise depends on its seed alone. latent: starting noise (b c h w) of unit variance instead. eta: ddim's share of fresh noise.
-        watch: steps whose regions are wanted even if the guidance does without. A prompt of one picture serves any number of seeds.
+        noise depends on its seed alone. latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for
+        samplers that have it (default: the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
+        A prompt of one picture serves any number of seeds.
         """
-        if sampler not in SAMPLERS:
-            raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
-        if eta and "eta" not in inspect.signature(SAMPLERS[sampler]).parameters:
-            raise BadInput(f"eta is a parameter of ddim; {sampler} adds no noise")
-        if not 0 <= eta <= 1:
-            raise BadInput(f"eta is a share from 0 to 1, not {eta}")
-        sigmas = spaced_sigmas(spacing or NATIVE_SPACING[sampler], steps, drop_lowest=sampler == "dpmpp_2m")
+        self.check(sampler, eta, refiner)
+        if self.config.aesthetic and latent is None:
+            warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "
+                          "give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
+        sigmas = spaced_sigmas(spacing or self.spacing(sampler), steps, drop_lowest=sampler in MULTISTEP)
         batch = len(prompt.context["cond"])
         seeds = [seeds + i for i in range(batch if latent is None else len(latent))] if isinstance(seeds, int) else list(seeds)
         if not seeds or batch not in (1, len(seeds)) or latent is not None and len(latent) != len(seeds):
@@ -122,11 +162,11 @@ class Diffusion:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
         x = (noise() if latent is None else latent.to(self.device, torch.float32)) * math.sqrt(sigmas[0] ** 2 + 1)
-        prompt = replace(prompt, **{name: {row: t.to(self.device, self.dtype).expand(len(seeds), *t.shape[1:])
-                                           for row, t in getattr(prompt, name).items()} for name in ("context", "vector")})
-        watched = {sigmas[i] for i in watch if i < steps}
-        denoise = self.denoiser(prompt, guidance, watched.__contains__, maps)
-        run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({"eta": eta} if eta else {}))
+        watched = {sigmas[i] for i in watch if i < steps}.__contains__
+        early, *late = (model.denoiser(words.placed(len(seeds), model.device, model.dtype), guidance, watched, maps)
+                        for model, words, *_ in [(self, prompt)] + [refiner] * bool(refiner))
+        denoise = handed_over(early, late[0], refiner.start) if refiner else early
+        run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({} if eta is None else {"eta": eta}))
         for i in range(steps):
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
                 x, denoised = next(run)
@@ -134,6 +174,20 @@ class Diffusion:
                 raise FloatingPointError(f"step {i + 1} of {steps} gave numbers that are not finite in {self.dtype}: "
                                          "try --dtype float32, or another checkpoint if that is what it ran in")
             yield Step(i, steps, sigmas[i], x / math.sqrt(sigmas[i + 1] ** 2 + 1), denoised)
+
+    def check(self, sampler: str, eta: float | None, refiner: Refiner | None) -> None:
+        """Refuse what cannot be, and say what is unusual."""
+        if sampler not in SAMPLERS:
+            raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
+        if eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler]).parameters:
+            raise BadInput(f"eta is the share of fresh noise; {sampler} adds none")
+        if eta is not None and not 0 <= eta <= 1:
+            raise BadInput(f"eta is a share from 0 to 1, not {eta}")
+        other = refiner and refiner.model.config
+        if refiner and (other.latent_scale, other.vae.latent_channels) != (self.config.latent_scale, self.config.vae.latent_channels):
+            raise BadInput(f"{other.name} cannot refine what {self.config.name} began: their latents are not the same")
+        if refiner and not other.aesthetic:
+            warnings.warn(f"{other.name} is no refiner: it is used as one all the same", stacklevel=3)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
@@ -147,15 +201,17 @@ class Diffusion:
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (b c h w) -> pictures (b 3 H W) in [0, 1]."""
-        image = self.vae.decode((latent / self.config.latent_scale).to(self.dtype)).float()
+        dtype = self.vae.quant_conv.weight.dtype
+        image = self.vae.decode((latent / self.config.latent_scale).to(dtype)).float()
         if not image.isfinite().all():
-            raise FloatingPointError(f"decoding gave numbers that are not finite in {self.dtype}: try --dtype float32 or bfloat16")
+            raise FloatingPointError(f"decoding gave numbers that are not finite in {dtype}: try --dtype float32 or bfloat16")
         return (image / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [0, 1] -> the mean latent (b c h w)."""
-        return self.vae.encode((image * 2 - 1).to(self.device, self.dtype))[0].float() * self.config.latent_scale
+        mean, _ = self.vae.encode((image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype))
+        return mean.float() * self.config.latent_scale
 
 
 def embedded_checkpoint() -> Path:
@@ -165,22 +221,44 @@ def embedded_checkpoint() -> Path:
     return inside if inside.exists() else package.parent / "weights" / "flatland.safetensors"
 
 
+@torch.no_grad()
+def seems_to_predict(unet: UNet) -> Prediction:
+    """What the network's output means, by its answer to pure noise.
+
+    Where there is nothing but noise, eps is the input itself, and v is minus an expected picture, which knows nothing of the input.
+    """
+    x = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(unet.out[2].weight)
+    out, _ = unet(x, x.new_full((1,), 999), x.new_zeros(1, 77, unet.config.context_dim))
+    return "eps" if cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
+
+
 def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None,
-         prediction: Prediction | None = None, tokenizer: str | Path | None = None) -> Diffusion:
+         prediction: Prediction | None = None, vae: str | Path | None = None, tokenizer: str | Path | None = None,
+         offload: bool = False) -> Diffusion:
     """Load a checkpoint, by default the embedded one. Raises BadInput with one line that says what is wrong.
 
     dtype: float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the family usually predicts.
-    tokenizer: a transformers folder or bpe_simple_vocab_16e6.txt.gz.
+    vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or bpe_simple_vocab_16e6.txt.gz.
+    offload: keep the text towers off the device but while they encode.
     """
     try:
         torch.zeros(1, device=device).item()          # also refuses devices that hold no numbers
     except (RuntimeError, AssertionError, ImportError):
         raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
+    if prediction not in (None, "eps", "v"):
+        raise BadInput(f"prediction is eps or v, not {prediction!r}")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    config, unet, vae, text = load_parts(Path(path or embedded_checkpoint()), dtype, read_tokenizer(tokenizer) if tokenizer else None)
-    if config == replace(SD2_V, text=config.text, unet=config.unet, vae=config.vae) and not prediction:
-        warnings.warn("an SD 2.x file does not say what it predicts: taken as v; base models need prediction eps", stacklevel=2)
-    config = replace(config, prediction=prediction or config.prediction)
-    if config.prediction not in ("eps", "v"):
-        raise BadInput(f"prediction is eps or v, not {config.prediction!r}")
-    return Diffusion(config, unet.to(device), vae.to(device), text and text.to(device))
+    config, unet, first_stage, text = load_parts(
+        Path(path or embedded_checkpoint()), dtype, read_tokenizer(tokenizer) if tokenizer else None, vae and Path(vae))
+    unet, first_stage, text = unet.to(device), first_stage.to(device), text if offload or text is None else text.to(device)
+    if config.vae.overflows and dtype == torch.float16:
+        warnings.warn(f"the VAE of {config.name} overflows in float16: it runs in float32", stacklevel=2)
+    if config.name == SD2_V.name:
+        found = seems_to_predict(unet)
+        if not prediction:
+            config = replace(config, prediction=found)
+            warnings.warn(f"an SD 2.x file does not say what it predicts: taken as {found}, by its answer to pure noise; "
+                          "--prediction says otherwise", stacklevel=2)
+        elif found != prediction:
+            warnings.warn(f"prediction {prediction} was asked for, but by its answer to pure noise this network predicts {found}", stacklevel=2)
+    return Diffusion(replace(config, prediction=prediction or config.prediction), unet, first_stage, text)

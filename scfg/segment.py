@@ -34,7 +34,7 @@ class Segmentation:
     smooth: bool                                      # blur every layer's maps
     normalise: Literal["mean", "sum"]                 # what a token's map is divided by, over space
     ties: bool                                        # pixels with equal best tokens belong to all of them, or to the first
-    foreground: Literal["uncond", "cond"]             # the half whose start token marks the background
+    foreground: Literal["uncond", "cond", "assigned"] # where the half's other tokens outdo its start token, or own the pixel
 
     def complete(self, maps: Maps) -> Tensor:
         """One block's cross map, completed by its self map, as pictures (b t h w); S is applied to t columns, never squared."""
@@ -44,8 +44,12 @@ class Segmentation:
             total = total + weight * step
         return rearrange(total, "b (h w) t -> b t h w", h=maps.size[0])
 
-    def assign(self, completed: list[Tensor]) -> Regions:
-        """Completed maps of all layers, rows [uncond; cond], each (2b t h w) -> Regions on the largest of their grids."""
+    def assign(self, completed: list[Tensor], silent: Tensor | None = None) -> Regions:
+        """Completed maps of all layers, rows [uncond; cond], each (2b t h w) -> Regions on the largest of their grids.
+
+        silent (b): pictures whose unconditional context is all zeros. Its maps are uniform, and which is the greater is
+        decided by rounding, so that their foreground is taken from the conditional half.
+        """
         size = max((layer.shape[-2:] for layer in completed), key=math.prod)
         scores, start, rest = 0, 0, 0
         for layer in completed:
@@ -54,19 +58,21 @@ class Segmentation:
             uncond, cond = layer.chunk(2)
             total = cond.mean((-2, -1), keepdim=True) + 1e-8 if self.normalise == "mean" else cond.sum((-2, -1), keepdim=True)
             scores = scores + cond / total / len(completed)
-            if self.foreground == "uncond":
-                first, others = uncond[:, :1], uncond[:, 1:].sum(1, keepdim=True)
+            if self.foreground != "assigned":
+                half = cond if self.foreground == "cond" else uncond
+                half = half if silent is None else torch.where(silent[:, None, None, None], cond, half)
+                first, others = half[:, :1], half[:, 1:].sum(1, keepdim=True)
                 start = start + first / first.mean((-2, -1), keepdim=True)
                 rest = rest + others / others.mean((-2, -1), keepdim=True)
         best = scores.argmax(1, keepdim=True)
         equal_best = scores == scores.amax(1, keepdim=True)
         tokens = equal_best.to(scores.dtype) if self.ties else torch.zeros_like(scores).scatter(1, best, 1.0)
-        foreground = rest > start if self.foreground == "uncond" else best != 0
+        foreground = best != 0 if self.foreground == "assigned" else rest > start
         return Regions(tokens, foreground.to(scores.dtype), scores)
 
 
 OFFICIAL = Segmentation(powers=(1 / 4, 3 / 4), smooth=True, normalise="mean", ties=True, foreground="uncond")
-PAPER = Segmentation(powers=(1 / 4,) * 4, smooth=False, normalise="sum", ties=False, foreground="cond")
+PAPER = Segmentation(powers=(1 / 4,) * 4, smooth=False, normalise="sum", ties=False, foreground="assigned")
 
 
 def segment(maps: list[Maps], recipe: Segmentation = OFFICIAL) -> Regions:

@@ -1,10 +1,10 @@
-"""Prompts: tokens, the words they make up, and the text tower that turns them into context."""
+"""Prompts: tokens, the words they make up, and the text towers that turn them into context."""
 import gzip
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .config import BadInput, TextConfig
+from .config import CLIP_L, BadInput, TextConfig
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -30,8 +31,14 @@ class Word(NamedTuple):
 class Prompt:
     """What the network is told, for a batch of b pictures."""
     context: dict[str, Tensor]                        # "uncond" and "cond", each (b t d)
-    vector: dict[str, Tensor] = field(default_factory=dict)       # the same rows (b v), for networks that take one
+    pooled: dict[str, Tensor] = field(default_factory=dict)       # the same rows (b p): the whole text, for XL
     words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
+
+    def placed(self, count: int, device: torch.device, dtype: torch.dtype) -> "Prompt":
+        """For `count` pictures, if it is one's; as the network wants it."""
+        def place(rows):
+            return {row: state.to(device, dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
+        return replace(self, context=place(self.context), pooled=place(self.pooled))
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -78,39 +85,60 @@ def default_tokenizer() -> CLIPTokenizer:
             tokenizer = CLIPTokenizer.from_pretrained(HUB_TOKENIZER, local_files_only=local_files_only)
         except (OSError, ValueError):
             continue
-        if len(tokenizer) == TextConfig().vocabulary:                         # from an empty cache comes an empty tokenizer
+        if len(tokenizer) == CLIP_L.vocabulary:                         # from an empty cache comes an empty tokenizer
             return tokenizer
     raise BadInput("this checkpoint carries no vocabulary, and CLIP's is neither in transformers' cache nor can it be downloaded: "
                    "give --tokenizer with a transformers folder or bpe_simple_vocab_16e6.txt.gz")
 
 
-class Text(nn.Module):
-    """A CLIP text tower and its tokenizer."""
-    def __init__(self, config: TextConfig, tokenizer: CLIPTokenizer | None = None, seen: Sequence[str] = ()):
+class Tower(nn.Module):
+    """A CLIP text tower, up to the layer that the U-Net is told."""
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.tokenizer = tokenizer                    # None: CLIP's own, looked for when first needed
-        self.seen = frozenset(seen)                   # the words of a small model's world; empty: any word will do
         self.transformer = CLIPTextModel(CLIPTextConfig(
             vocab_size=config.vocabulary, hidden_size=config.width, intermediate_size=4 * config.width,
             num_hidden_layers=config.layers, num_attention_heads=config.heads, hidden_act=config.activation,
             max_position_embeddings=config.length, bos_token_id=config.vocabulary - 2, eos_token_id=config.vocabulary - 1))
+        if config.pooled:
+            self.text_projection = nn.Linear(config.width, config.pooled, bias=False)
+
+    def forward(self, ids: Tensor, skip: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Token numbers (b t) -> a layer's states (b t d), and the pooled text (b p) of a tower that has it.
+
+        The pooled text is the last layer's normed state at the first end token, projected.
+        """
+        found = self.transformer(ids, output_hidden_states=True)
+        states = found.hidden_states[-(skip or self.config.skip)]
+        states = self.transformer.final_layer_norm(states) if self.config.norm else states
+        return states, self.text_projection(found.pooler_output) if self.config.pooled else None
+
+
+class Text(nn.Module):
+    """The text towers of a family and the tokenizer that they share."""
+    def __init__(self, towers: Sequence[TextConfig], tokenizer: CLIPTokenizer | None = None, seen: Sequence[str] = ()):
+        super().__init__()
+        self.towers = nn.ModuleList(map(Tower, towers))
+        self.tokenizer = tokenizer                    # None: CLIP's own, looked for when first needed
+        self.seen = frozenset(seen)                   # the words of a small model's world; empty: any word will do
 
     def restore_buffers(self) -> None:
         """Make the buffers that no checkpoint holds, after building on meta."""
-        self.transformer.embeddings.position_ids = torch.arange(self.config.length)[None]
+        for tower in self.towers:
+            tower.transformer.embeddings.position_ids = torch.arange(tower.config.length)[None]
 
     def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
-        """Token numbers of a context (start, text, end, padded with the end) and the words of the text among them.
+        """Token numbers of a text, from its start token to its end token, and its words among them.
 
         Text beyond the context is cut, with a warning that shows it.
         """
         self.tokenizer = self.tokenizer or default_tokenizer()
-        if len(self.tokenizer) != self.config.vocabulary:
-            raise BadInput(f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {self.config.vocabulary}: "
+        config = self.towers[0].config
+        if len(self.tokenizer) != config.vocabulary:
+            raise BadInput(f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {config.vocabulary}: "
                            "give the tokenizer of this model with --tokenizer")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets, room = encoded["input_ids"], encoded["offset_mapping"], self.config.length - 2
+        ids, offsets, room = encoded["input_ids"], encoded["offset_mapping"], config.length - 2
         if len(ids) > room:
             warnings.warn(f"the prompt is longer than {room} tokens; cut off: {text[offsets[room][0]:]!r}", stacklevel=3)
         words, first = [], 0
@@ -118,23 +146,42 @@ class Text(nn.Module):
             if token.endswith("</w>") or i == len(ids[:room]) - 1:
                 words.append(Word(text[offsets[first][0]:offsets[i][1]], first + 1, i + 2))       # 0 is the start token
                 first = i + 1
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        return ([start] + ids[:room] + [end] * self.config.length)[:self.config.length], tuple(words)
+        return [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id], tuple(words)
 
     def warn_of_unseen(self, words: Sequence[Word]) -> None:
         unseen = sorted({word.text for word in words if word.text.lower() not in self.seen})
         if self.seen and unseen:
             warnings.warn(f"this model never saw {', '.join(map(repr, unseen))}; it knows: {' '.join(sorted(self.seen))}", stacklevel=3)
 
-    def encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Token numbers (b t) -> the tower's last states after its final norm (b t d)."""
-        return self.transformer(torch.tensor(ids, device=self.transformer.final_layer_norm.weight.device)).last_hidden_state
+    def encode(self, texts: Sequence[Sequence[int]], device: torch.device, skip: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Token numbers of b texts -> the towers' states side by side (b t d), and the pooled text (b p) if a tower has it.
 
-    def prompt(self, texts: Sequence[str], negatives: Sequence[str]) -> Prompt:
-        """Encode the texts and their negatives, one of each for every picture."""
+        Towers that live elsewhere visit the device one by one. skip: the layer, counted from the last, in place of the family's own.
+        """
+        states, pooled = [], None
+        for tower in self.towers:
+            length, pad = tower.config.length, tower.config.vocabulary - 1 if tower.config.pad is None else tower.config.pad
+            ids = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in texts], device=device)
+            weights = {name: value.to(device) for name, value in (*tower.named_parameters(), *tower.named_buffers())}
+            found, whole = functional_call(tower, weights, (ids, skip))
+            states.append(found)
+            pooled = whole if whole is not None else pooled
+        return torch.cat(states, dim=-1), pooled
+
+    def prompt(self, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device, skip: int | None = None) -> Prompt:
+        """Encode the texts and their negatives, one of each for every picture; without negatives their rows are zeros."""
+        layers = min(tower.config.layers for tower in self.towers)
+        if skip is not None and not 1 <= skip <= layers:
+            raise BadInput(f"clip skip counts the text tower's layers from the last, 1 to {layers}, not {skip}")
         if not texts:
             raise BadInput("no prompt: give at least one text")
         tokens, words = zip(*map(self.tokenize, texts))
-        negative_tokens, negative_words = zip(*map(self.tokenize, negatives))
+        cond = self.encode(tokens, device, skip)
+        if negatives is None:
+            negative_words, uncond = (), [None if state is None else torch.zeros_like(state) for state in cond]
+        else:
+            negative_tokens, negative_words = zip(*map(self.tokenize, negatives))
+            uncond = self.encode(negative_tokens, device, skip)
         self.warn_of_unseen(sum(words + negative_words, ()))
-        return Prompt({"uncond": self.encode(negative_tokens), "cond": self.encode(tokens)}, words=words)
+        context, pooled = ({"uncond": u, "cond": c} for u, c in zip(uncond, cond))
+        return Prompt(context, pooled if cond[1] is not None else {}, words)

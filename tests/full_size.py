@@ -10,26 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import torch
 from safetensors.torch import save_file
 
 import scfg
-from scfg.checkpoint import CLIP, FIRST_STAGE, UNET
 from scfg.config import SD1
-from scfg.text import Text
-from scfg.unet import UNet
-from scfg.vae import VAE
 
 
 def write(path: Path) -> None:
-    torch.manual_seed(0)
-    tensors = {}
-    for prefix, make in ((UNET, lambda: UNet(SD1.unet)), (FIRST_STAGE, lambda: VAE(SD1.vae)), (CLIP, lambda: Text(SD1.text))):
-        torch.set_default_dtype(torch.float16)
-        for name, value in make().state_dict().items():
-            tensors[prefix + name.replace("transformer.", "text_model.", 1) if prefix == CLIP else prefix + name] = value.contiguous()
-        torch.set_default_dtype(torch.float32)
-    save_file(tensors, path)
+    save_file(families.original(SD1, torch.float16), path)
 
 
 def measure(path: Path) -> None:

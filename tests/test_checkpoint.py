@@ -1,7 +1,11 @@
+import json
 import os
 import pickle
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
+import families
 import pytest
 import torch
 from conftest import DATA
@@ -11,8 +15,6 @@ from torch import Tensor
 import scfg
 from scfg import checkpoint
 from scfg.config import SD1, SD2_V, SDXL, SDXL_REFINER, VAEConfig
-from scfg.unet import UNet
-from scfg.vae import VAE
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +27,73 @@ def saved(folder, tensors, name="model.safetensors"):
     return folder / name
 
 
-@pytest.mark.parametrize("family", [SD1, SD2_V, SDXL, SDXL_REFINER])
-def test_a_family_is_recognised_from_names_and_shapes(family):
-    with torch.device("meta"):
-        names = {checkpoint.UNET + k: v for k, v in UNet(family.unet).state_dict().items()}
-        names |= {checkpoint.FIRST_STAGE + k: v for k, v in VAE(VAEConfig()).state_dict().items()}
-    assert checkpoint.recognise(names) == replace(family, text=None)
+FAMILIES = {"sd1": SD1, "sd2": SD2_V, "sdxl": SDXL, "sdxl_refiner": SDXL_REFINER}
 
 
-def test_a_text_tower_s_sizes_are_read_off():
-    with torch.device("meta"):
-        text = checkpoint.Text(SD1.text)
-    for prefix in ("text_model.", ""):                                        # some published files lack it
-        names = {f"{checkpoint.CLIP}{prefix}{k.removeprefix('transformer.')}": v for k, v in text.state_dict().items()}
-        assert checkpoint.clip_sizes(names) == SD1.text
+def published(name: str) -> dict[str, Tensor]:
+    """The tensors of a published file, without their numbers."""
+    keys = {}
+    for part in (name, "vae", f"text_{name}"):
+        keys |= json.loads((DATA / "keys" / f"{part}.json").read_text())
+    return {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_and_shapes_of_whole_files_are_the_originals(name):
+    """Every one of a published file's tensors finds its place and no place stays empty; the sizes read off are the family's."""
+    tensors = published(name)
+    assert checkpoint.recognise(tensors) == FAMILIES[name]
+    wanted = {key: tensor for key, tensor in tensors.items() if not checkpoint.DROPPED.fullmatch(key)}
+    parts = checkpoint.assemble(Path(name), FAMILIES[name], wanted, {}, torch.float16, None)
+    assert parts.unet.out[2].weight.is_meta and len(parts.text.towers) == len(FAMILIES[name].text)
+    for key in list(wanted)[::97]:
+        with pytest.raises(scfg.BadInput, match="missing"):
+            checkpoint.assemble(Path(name), FAMILIES[name], {k: v for k, v in wanted.items() if k != key}, {}, torch.float16, None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_without_text_towers_are_recognised(name):
+    tensors = {key: tensor for key, tensor in published(name).items() if not key.startswith(("cond_stage_model", "conditioner"))}
+    assert checkpoint.recognise(tensors) == replace(FAMILIES[name], text=())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_file_of_a_family_loads_whole(tmp_path, name):
+    config = families.small(FAMILIES[name])
+    tensors = families.original(config)
+    model = scfg.load(saved(tmp_path, tensors), prediction=config.prediction)
+    assert model.config == config and model.text.restore_buffers() is None
+    for tower in config.text:                                                 # some published files lack the prefix within
+        tensors = {key.replace(f"{tower.prefix}text_model.", tower.prefix): tensor for key, tensor in tensors.items()}
+    again = scfg.load(saved(tmp_path, tensors), prediction=config.prediction)
+    assert all(torch.equal(a, b) for a, b in zip(model.text.parameters(), again.text.parameters(), strict=True))
+
+
+def test_another_files_vae(tmp_path, tensors, tiny):
+    other = {name: -tensor for name, tensor in tensors.items() if name.startswith(checkpoint.FIRST_STAGE)}
+    bare = {name.removeprefix(checkpoint.FIRST_STAGE): tensor for name, tensor in other.items()}
+    for i, vae in enumerate((other, bare, bare | {"loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)})):
+        with pytest.warns(UserWarning, match="does not say its family: .* taken for one of SD 1.x"):
+            model = scfg.load(DATA / "tiny_sd1.safetensors", vae=saved(tmp_path, vae, f"{i}.safetensors"))
+        assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
+        assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+    whole = {name: -tensor for name, tensor in tensors.items()}
+    model = scfg.load(DATA / "tiny_sd1.safetensors", vae=saved(tmp_path, whole, "whole.safetensors"))
+    assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
+
+
+def test_a_vae_of_another_family_is_named(tmp_path):
+    xl = saved(tmp_path, families.original(replace(families.small(SDXL), text=())), "xl.safetensors")
+    sixteen = families.original(families.small(replace(SD1, vae=VAEConfig(latent_channels=16))))
+    vae = saved(tmp_path, {k: v for k, v in sixteen.items() if k.startswith(checkpoint.FIRST_STAGE)}, "16.safetensors")
+    for file, message in ((xl, "xl.safetensors is SDXL, whose latents are not those of SD 1.x"),
+                          (vae, "latents of 16 channels, those of SD 1.x have 4"),
+                          (scfg.diffusion.embedded_checkpoint(), "is Flatland, whose latents are not those of SD 1.x"),
+                          (saved(tmp_path, {"x": torch.ones(1)}, "none.safetensors"), "none.safetensors holds no VAE"),
+                          (tmp_path / "absent.safetensors", "no such file")):
+        with pytest.raises(scfg.BadInput, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scfg.load(DATA / "tiny_sd1.safetensors", vae=file)
 
 
 def test_buffers_of_published_files_are_dropped(tmp_path, tensors, tiny):

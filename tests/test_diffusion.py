@@ -33,7 +33,7 @@ def test_eight_steps_equal_the_original(tiny, prompt, oracle, sampler, guidance)
 def test_noise_of_a_picture_is_its_seeds_alone(flat):
     words = ["a red car on grass", "a blue star at sea", "a white key in snow", "a pink fish on sand"]
     for rule, steps in ((CFG(4.0), 3), (SCFG(4.0), 1)):                       # in one step no near tie of two tokens can grow
-        for sampler, eta in (("dpmpp_2m", 0), ("ddim", 1)):
+        for sampler, eta in (("dpmpp_2m", None), ("ddim", 1), ("dpmpp_2m_sde", None)):
             together = last(flat.sample(flat.prompt(words), rule, sampler, steps=steps, seeds=5, eta=eta)).latent
             for i, text in enumerate(words):
                 alone = last(flat.sample(flat.prompt(text), rule, sampler, steps=steps, seeds=5 + i, eta=eta)).latent
@@ -115,7 +115,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, prompt):
 def test_wrong_calls_say_what_to_do(flat):
     prompt = flat.prompt(["a red car on grass"] * 2)
     for options, message in [({"size": (66, 64)}, "nearest sizes are 64 and 68"), ({"size": (64, 0)}, "nearest sizes"),
-                             ({"sampler": "euler"}, "no sampler 'euler'"), ({"eta": 0.5}, "dpmpp_2m adds no noise"),
+                             ({"sampler": "leapfrog"}, "no sampler 'leapfrog'"), ({"eta": 0.5}, "dpmpp_2m adds none"),
                              ({"seeds": [1, 2, 3]}, "2 prompts for 3 pictures")]:
         with pytest.raises(scfg.BadInput, match=message):
             next(flat.sample(prompt, **options))

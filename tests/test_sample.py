@@ -64,7 +64,7 @@ WRONG = {
     "uneven size": (["--size", "66x64"], "64 and 68"),
     "no guidance": (["--guidance", "magic"], "invalid choice: 'magic'"),
     "not UTF-8": (["a red \udce9 car"], "not UTF-8"),
-    "eta": (["--eta", "0.5"], "dpmpp_2m adds no noise"),
+    "eta": (["--eta", "0.5"], "dpmpp_2m adds none"),
     "no file": (["--checkpoint", "absent.safetensors"], "no such file"),
     "no device": (["--device", "cuda"], "not available"),
     "odd device": (["--device", "toaster"], "not available"),

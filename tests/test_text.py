@@ -1,41 +1,77 @@
 import gzip
 import itertools
-import json
 
 import pytest
 import torch
-from conftest import DATA
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 import scfg
 from scfg import flatland, text
-from scfg.config import SD1
+from scfg.config import TextConfig
 from scfg.text import Text, read_tokenizer, vocabulary
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("t", "h"), ("th", "e</w>")]
 
 
-def tower(length: int = 8) -> Text:
+def tower(length: int = 8, **options) -> Text:
     torch.manual_seed(0)
-    config = scfg.config.TextConfig(width=64, layers=1, heads=1, length=length, vocabulary=len(vocabulary(MERGES)))
-    return Text(config, CLIPTokenizer(vocab=vocabulary(MERGES), merges=MERGES))
+    config = TextConfig(width=64, layers=3, heads=1, length=length, vocabulary=len(vocabulary(MERGES)), **options)
+    return Text([config], CLIPTokenizer(vocab=vocabulary(MERGES), merges=MERGES)).eval().requires_grad_(False)
 
 
-def test_names_and_shapes_are_the_originals():
-    with torch.device("meta"):
-        module = Text(SD1.text)
-    found = {f"cond_stage_model.transformer.text_model.{name.removeprefix('transformer.')}": list(value.shape)
-             for name, value in module.state_dict().items()}
-    assert found == json.loads((DATA / "keys" / "text_sd1.json").read_text())
-
-
-def test_a_context_is_start_text_and_ends_to_the_last():
+def test_a_text_s_tokens_are_start_words_and_end():
     ids, words = tower().tokenize("The cat")
     start, end = len(vocabulary(MERGES)) - 2, len(vocabulary(MERGES)) - 1
-    assert ids == [start, vocabulary(MERGES)["the</w>"], vocabulary(MERGES)["cat</w>"]] + [end] * 5
+    assert ids == [start, vocabulary(MERGES)["the</w>"], vocabulary(MERGES)["cat</w>"], end]
     assert words == (("The", 1, 2), ("cat", 2, 3))
-    assert tower().tokenize("")[0] == [start] + [end] * 7 and tower().tokenize("")[1] == ()
+    assert tower().tokenize("") == ([start, end], ())
+
+
+def test_a_context_is_filled_up_with_the_tower_s_own_token():
+    for pad, number in ((None, len(vocabulary(MERGES)) - 1), (0, 0), (7, 7)):
+        text = tower(pad=pad)
+        ids = text.tokenize("cat")[0]
+        expected = text.towers[0].transformer(torch.tensor([ids + [number] * 5])).last_hidden_state
+        assert torch.equal(text.encode([ids], torch.device("cpu"))[0], expected)
+
+
+def test_layers_are_counted_from_the_last_and_normed_or_not():
+    for norm in (True, False):
+        text, ids = tower(norm=norm), [[512, 3, 513, 513, 513, 513, 513, 513]]
+        hidden = text.towers[0].transformer(torch.tensor(ids), output_hidden_states=True).hidden_states
+        assert len(hidden) == 4
+        for skip in (1, 2, 3):
+            expected = text.towers[0].transformer.final_layer_norm(hidden[-skip]) if norm else hidden[-skip]
+            assert torch.equal(text.prompt(["cat"], [""], torch.device("cpu"), skip).context["cond"],
+                               text.encode([text.tokenize("cat")[0]], torch.device("cpu"), skip)[0])
+            assert torch.equal(text.encode(ids, torch.device("cpu"), skip)[0], expected)
+    for skip in (0, 4, -1):
+        with pytest.raises(scfg.BadInput, match=f"1 to 3, not {skip}"):
+            text.prompt(["cat"], [""], torch.device("cpu"), skip)
+
+
+def test_the_pooled_text_is_the_last_layer_s_at_the_first_end_token():
+    text = tower(pad=0, pooled=12, skip=2, norm=False)
+    cond, ids = text.prompt(["the cat"], None, torch.device("cpu")), text.tokenize("the cat")[0]
+    last = text.towers[0].transformer(torch.tensor([ids + [0] * 4])).last_hidden_state
+    assert torch.allclose(cond.pooled["cond"], last[:, 3] @ text.towers[0].text_projection.weight.T, atol=1e-5)
+    assert cond.pooled["cond"].shape == (1, 12)
+
+
+def test_without_negatives_their_rows_are_zeros():
+    found = tower(pooled=12).prompt(["cat", "the"], None, torch.device("cpu"))
+    for rows in (found.context, found.pooled):
+        assert rows["uncond"].shape == rows["cond"].shape and not rows["uncond"].any() and rows["cond"].any()
+    assert tower().prompt(["cat"], None, torch.device("cpu")).pooled == {}
+
+
+def test_towers_visit_a_device_and_stay_where_they_are():
+    """The meta device stands in for an accelerator: what it computes has no numbers, but shapes, and the towers keep theirs."""
+    text = tower(pooled=12)
+    found = text.prompt(["cat"], [""], torch.device("meta"))
+    assert found.context["cond"].is_meta and found.pooled["uncond"].is_meta
+    assert all(parameter.device.type == "cpu" for parameter in text.parameters())
 
 
 def test_a_word_of_several_pieces_is_one_word():
@@ -74,12 +110,12 @@ def test_no_tokenizer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "HUB_TOKENIZER", "nobody/has-this-in-a-cache")
     monkeypatch.setattr(text, "HF_HUB_OFFLINE", True)
     with pytest.raises(scfg.BadInput, match="give --tokenizer"):
-        Text(scfg.config.TextConfig(width=64, layers=1, heads=1, vocabulary=9)).tokenize("cat")
+        Text([TextConfig(width=64, layers=1, heads=1, vocabulary=9)]).tokenize("cat")
 
 
 def test_the_worlds_words_are_single_tokens_and_others_are_named(flat, recwarn):
     for word in flatland.WORDS:
-        assert len(flat.text.tokenize(word)[1]) == 1 and flat.text.tokenize(word)[0][2] == flat.text.tokenizer.eos_token_id
+        assert len(flat.text.tokenize(word)[1]) == 1 and len(flat.text.tokenize(word)[0]) == 3
     prompt = flat.prompt(["a red car on grass", "a blue star at sea"])
     assert not recwarn.list
     assert prompt.context["cond"].shape == prompt.context["uncond"].shape == (2, 16, 128)

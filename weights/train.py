@@ -43,7 +43,7 @@ def world_tokenizer() -> CLIPTokenizer:
 
 
 def world_config() -> Config:
-    return replace(FLATLAND, text=replace(FLATLAND.text, vocabulary=len(vocabulary(world_merges()))))
+    return replace(FLATLAND, text=(replace(FLATLAND.text[0], vocabulary=len(vocabulary(world_merges()))),))
 
 
 def scenes(count: int) -> np.ndarray:
@@ -158,19 +158,19 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
     model = Denoiser(config).to(device)
     start_as_identity(model.unet)
     nn.init.zeros_(model.unet.out[2].weight)
-    tokens = np.array([model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")])
-    empty = np.array(model.text.tokenize("")[0])
+    tokens = [model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")]
+    empty = model.text.tokenize("")[0]
     alphas = torch.tensor(1 / (noise.sigma_table() ** 2 + 1), dtype=torch.float32)
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
         chosen = rng.choice(count, batch, replace=False)
-        ids = np.where(rng.random((batch, 1)) < EMPTY_SHARE, empty, tokens[chosen])
+        ids = [empty if dropped else tokens[i] for i, dropped in zip(chosen, rng.random(batch) < EMPTY_SHARE)]
         t = torch.from_numpy(rng.integers(0, 1000, batch))
         a = alphas[t].view(-1, 1, 1, 1).to(device)
         clean = z[chosen].to(device)
         drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
         x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
-        return (model.unet(x, t.to(device), model.text.encode(ids.tolist()))[0] - v).square().mean()
+        return (model.unet(x, t.to(device), model.text.encode(ids, device)[0])[0] - v).square().mean()
 
     train("unet", model, loss_of, steps, 6e-4)
 
@@ -185,7 +185,7 @@ def export(config: Config, count: int) -> None:
         if part == "unet":
             tensors[f"model.diffusion_model.{rest}"] = value
         else:
-            tensors[f"cond_stage_model.{rest.replace('transformer.', 'transformer.text_model.', 1)}"] = value
+            tensors[f"{config.text[0].prefix}text_model.{rest.removeprefix('towers.0.transformer.')}"] = value
     config = replace(config, latent_scale=1 / latents(config, count, "cpu").std().item())
     merges = world_merges()
     metadata = {"scfg.config": config.to_dict(), "scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}

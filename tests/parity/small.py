@@ -1,50 +1,26 @@
-"""A small Stable Diffusion 1.x of random weights, built from diffusers' and transformers' own modules.
+"""Small models of every family, of random weights, built from diffusers' and transformers' own modules.
 
-`pipeline` returns the reference; `save_original` writes the same weights as one file in the original layout.
+`reference` returns a family's pipeline and the files with the same weights and vocabulary.
 """
 
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from diffusers import (AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline,
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
+from original import save_original
+from schedulers import scheduler
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-CONTEXT = 128
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
+NARROW, WIDE = 128, 192                                           # widths of the text towers, whose heads are 64 wide
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("r", "e"), ("re", "d</w>"), ("o", "n</w>")]
-
-# Renamings from diffusers' names to the original ones, tried on every name in this order.
-RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
-          ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection")]
-UNET = [
-    (r"^conv_in", lambda m: "input_blocks.0.0"),
-    (r"^time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
-    (r"^down_blocks\.(\d)\.resnets\.(\d)", lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.0"),
-    (r"^down_blocks\.(\d)\.attentions\.(\d)", lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}.1"),
-    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op"),
-    (r"^mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
-    (r"^mid_block\.attentions\.0", lambda m: "middle_block.1"),
-    (r"^up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.0"),
-    (r"^up_blocks\.(\d)\.attentions\.(\d)", lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}.1"),
-    (r"^up_blocks\.(\d)\.upsamplers\.0", lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}"),
-    (r"^conv_norm_out", lambda m: "out.0"),
-    (r"^conv_out", lambda m: "out.2"),
-    *((rf"^((?:input|middle|output)_blocks?\.[\d.]+)\.{theirs}\.", rf"\1.{ours}.") for theirs, ours in RESNET),
-]
-VAE = [
-    (r"down_blocks\.(\d)\.", lambda m: f"down.{m[1]}."),
-    (r"up_blocks\.(\d)\.", lambda m: f"up.{3 - int(m[1])}."),
-    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
-    (r"mid_block\.attentions\.0", lambda m: "mid.attn_1"),
-    (r"resnets", "block"), (r"(down|up)samplers\.0", r"\1sample"), (r"conv_norm_out", "norm_out"),
-    (r"conv_shortcut", "nin_shortcut"), (r"group_norm", "norm"), (r"to_([qkv])\.", r"\1."), (r"to_out\.0", "proj_out"),
-]
-TEXT = [(r"^(?!text_model\.)", "text_model.")]
 
 
 def enliven(module: nn.Module) -> None:
@@ -59,94 +35,97 @@ def enliven(module: nn.Module) -> None:
             parameter.add_((0.2 if "norm" in name else 0.01) * torch.randn_like(parameter))
 
 
-def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer of bytes and a handful of merges."""
+def tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A CLIP tokenizer of bytes, whose first is "!", and a handful of merges."""
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in MERGES)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=MERGES, model_max_length=77)
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=MERGES, model_max_length=77, pad_token=pad)
 
 
-def text_encoder(size: int) -> CLIPTextModel:
-    """A text tower of two layers with heads of 64 channels; its start and end tokens are the last two numbers."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=size, hidden_size=CONTEXT, intermediate_size=4 * CONTEXT, num_hidden_layers=2,
-        num_attention_heads=CONTEXT // 64, max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=size - 2,
+def text_encoder(width: int, layers: int, activation: str = "gelu", kind: type = CLIPTextModel) -> nn.Module:
+    """A text tower; its start and end tokens are the last two numbers."""
+    size = len(tokenizer())
+    return kind(CLIPTextConfig(
+        vocab_size=size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, projection_dim=width,
+        num_attention_heads=width // 64, max_position_embeddings=77, hidden_act=activation, bos_token_id=size - 2,
         eos_token_id=size - 1, pad_token_id=size - 1))
 
 
-def unet() -> UNet2DConditionModel:
-    """A U-Net of SD 1.x's structure; diffusers' attention_head_dim is the number of heads."""
+def unet(family: str) -> UNet2DConditionModel:
+    """A U-Net of the family's structure; diffusers' attention_head_dim is the number of heads."""
+    attended = {"sd1": (1, 1, 1, 0), "sd2": (1, 1, 1, 0), "sdxl": (0, 1, 1), "sdxl_refiner": (0, 1, 1, 0)}[family]
+    sizes = {
+        "sd1": {"block_out_channels": (32, 64, 128, 128), "cross_attention_dim": NARROW, "attention_head_dim": 8},
+        "sd2": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": NARROW, "attention_head_dim": (1, 2, 4, 4)},
+        "sdxl": {"block_out_channels": (64, 128, 256), "cross_attention_dim": NARROW + WIDE, "attention_head_dim": (1, 2, 4),
+                 "transformer_layers_per_block": (1, 2, 10), "projection_class_embeddings_input_dim": WIDE + 6 * 256},
+        "sdxl_refiner": {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": WIDE, "attention_head_dim": (1, 2, 4, 4),
+                         "transformer_layers_per_block": 4, "projection_class_embeddings_input_dim": WIDE + 5 * 256},
+    }[family]
     return UNet2DConditionModel(
-        sample_size=32, block_out_channels=(32, 64, 128, 128), layers_per_block=2, cross_attention_dim=CONTEXT,
-        attention_head_dim=8, norm_num_groups=32, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+        sample_size=32, layers_per_block=2, norm_num_groups=32, use_linear_projection=family != "sd1",
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)], **sizes,
+        **({"addition_embed_type": "text_time", "addition_time_embed_dim": 256} if "sdxl" in family else {}))
 
 
-def vae() -> AutoencoderKL:
-    """An autoencoder of SD's structure."""
+def vae(family: str) -> AutoencoderKL:
+    """An autoencoder of the structure that all families share."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4, norm_num_groups=32, sample_size=256,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215)
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.13025 if "sdxl" in family else 0.18215)
 
 
-class UnroundedDPM(DPMSolverMultistepScheduler):
-    """DPM-Solver++ that gives the network each Karras sigma's own timestep, where diffusers rounds it."""
-
-    def set_timesteps(self, *args, **kwargs) -> None:
-        """Set diffusers' sigmas and, for Karras spacing, fractional timesteps."""
-        super().set_timesteps(*args, **kwargs)
-        if self.config.use_karras_sigmas:
-            table = np.log(((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt().numpy())
-            self.timesteps = torch.tensor([float(self._sigma_to_t(sigma, table)) for sigma in self.sigmas[:-1].double().numpy()])
-
-
-def scheduler(sampler: str, spacing: str, prediction: str = "eps") -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """diffusers' scheduler for a sampler and a spacing."""
-    common = {**BETAS, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction]}
-    if sampler == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing=spacing)
-    if spacing == "karras":
-        return UnroundedDPM(**common, use_karras_sigmas=True)
-    return UnroundedDPM(**common, timestep_spacing=spacing)
-
-
-def pipeline() -> StableDiffusionPipeline:
-    """The seeded reference pipeline."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    parts = {"unet": unet(), "vae": vae(), "text_encoder": text_encoder(len(words))}
-    for part in parts.values():
+def parts(family: str) -> dict[str, nn.Module]:
+    """The networks of a family; of SD 2.x's tower, diffusers builds what is used: all but the last layer."""
+    towers = {
+        "sd1": {"text_encoder": lambda: text_encoder(NARROW, 3, "quick_gelu")},
+        "sd2": {"text_encoder": lambda: text_encoder(NARROW, 3)},
+        "sdxl": {"text_encoder": lambda: text_encoder(NARROW, 3, "quick_gelu"),
+                 "text_encoder_2": lambda: text_encoder(WIDE, 4, kind=CLIPTextModelWithProjection)},
+        "sdxl_refiner": {"text_encoder_2": lambda: text_encoder(WIDE, 4, kind=CLIPTextModelWithProjection)},
+    }[family]
+    torch.manual_seed(FAMILIES.index(family))
+    result = {"unet": unet(family), "vae": vae(family), **{name: build() for name, build in towers.items()}}
+    for part in result.values():
         enliven(part.eval().requires_grad_(False))
-    pipe = StableDiffusionPipeline(**parts, tokenizer=words, scheduler=scheduler("ddim", "leading"), safety_checker=None,
-                                   feature_extractor=None, requires_safety_checker=False)
+        part.half().float()                                       # weights that a file of half precision holds exactly
+    return result
+
+
+def pipeline(family: str) -> DiffusionPipeline:
+    """The seeded reference pipeline."""
+    common = {**parts(family), "scheduler": scheduler("ddim", "leading")}
+    if family == "sdxl":
+        pipe = StableDiffusionXLPipeline(**common, tokenizer=tokenizer(), tokenizer_2=tokenizer("!"), add_watermarker=False)
+    elif family == "sdxl_refiner":
+        pipe = StableDiffusionXLImg2ImgPipeline(
+            **common, text_encoder=None, tokenizer=None, tokenizer_2=tokenizer("!"), requires_aesthetics_score=True,
+            force_zeros_for_empty_prompt=False, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(**common, tokenizer=tokenizer("!") if family == "sd2" else tokenizer(), safety_checker=None,
+                                       feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def renamed(weights: dict[str, Tensor], rules: list, prefix: str) -> dict[str, Tensor]:
-    """Apply every rule to every name."""
-    result = {}
-    for name, value in weights.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        result[prefix + name] = value
-    assert len(result) == len(weights), "two weights got one name"
-    return result
+class Reference(NamedTuple):
+    """diffusers' pipeline and the files holding the same weights and vocabulary."""
+
+    pipe: DiffusionPipeline
+    checkpoint: Path
+    tokenizer: Path
 
 
-def original(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """The pipeline's weights under the original names and shapes; the VAE's attention is made of 1x1 convolutions."""
-    autoencoder = renamed(pipe.vae.state_dict(), VAE, "first_stage_model.")
-    for name, value in autoencoder.items():
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
-            autoencoder[name] = value[:, :, None, None]
-    tower = {name: value for name, value in pipe.text_encoder.state_dict().items() if "position_ids" not in name}
-    return {**renamed(pipe.unet.state_dict(), UNET, "model.diffusion_model."), **autoencoder,
-            **renamed(tower, TEXT, "cond_stage_model.transformer.")}
+FOLDER = tempfile.TemporaryDirectory(prefix="parity-")            # removed when the tests end
 
 
-def save_original(pipe: StableDiffusionPipeline, path: Path) -> Path:
-    """Write the pipeline as one file in the original layout."""
-    save_file({name: value.contiguous() for name, value in original(pipe).items()}, path)
-    return path
+@cache
+def reference(family: str) -> Reference:
+    """The reference pipeline of a family and its files."""
+    folder = Path(FOLDER.name)
+    tokenizer().save_pretrained(folder / "tokenizer")
+    pipe = pipeline(family)
+    return Reference(pipe, save_original(pipe, folder / f"{family}.safetensors"), folder / "tokenizer")

@@ -1,167 +1,159 @@
-"""scfg against diffusers at small width with the same random weights; every expected value is diffusers' own."""
+"""Files, networks and texts against diffusers at small width with the same random weights; every expected value is its own."""
 
+import json
+import re
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint  # noqa: E402
+from diffusers.loaders.single_file_utils import (  # noqa: E402
+    convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint)
 
-import sample  # noqa: E402
 import scfg  # noqa: E402
-from small import CONTEXT, original, pipeline, save_original, scheduler  # noqa: E402
+from compare import TEXT, close, model, normal  # noqa: E402
+from original import original  # noqa: E402
+from original import vae as autoencoder  # noqa: E402
+from small import FAMILIES, reference  # noqa: E402
 
-TEXT = "A Red cat's 12 hats, déjà-vu on a dog"
-
-
-class Reference(NamedTuple):
-    """diffusers' pipeline and the files holding the same weights and vocabulary."""
-
-    pipe: diffusers.StableDiffusionPipeline
-    checkpoint: Path
-    tokenizer: Path
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The reference pipeline and its files."""
-    folder = tmp_path_factory.mktemp("parity")
-    pipe = pipeline()
-    pipe.tokenizer.save_pretrained(folder / "tokenizer")
-    return Reference(pipe, save_original(pipe, folder / "small.safetensors"), folder / "tokenizer")
+def towers(pipe: diffusers.DiffusionPipeline) -> list[nn.Module]:
+    """The text towers that a pipeline has."""
+    return [tower for tower in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if tower is not None]
 
 
-@pytest.fixture(scope="module")
-def model(reference: Reference) -> scfg.Diffusion:
-    """scfg's model of the same file, which predicts eps by default."""
-    return scfg.load(reference.checkpoint, tokenizer=reference.tokenizer)
+def read_back(pipe: diffusers.DiffusionPipeline, tower: nn.Module) -> dict[str, Tensor]:
+    """What diffusers' converters find of a text tower in the original file."""
+    weights = original(pipe)
+    if tower.config.hidden_act == "quick_gelu":
+        return convert_ldm_clip_checkpoint(weights)
+    prefixes = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
+    prefix = next(prefix for prefix in prefixes if prefix + "ln_final.weight" in weights)
+    return convert_open_clip_checkpoint(tower, weights, prefix=prefix)
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    """Run every test without gradients."""
-    with torch.no_grad():
-        yield
+def ranks(shapes: dict[str, list[int]]) -> dict[str, int]:
+    """The number of axes by name, without the numbers of text layers."""
+    return {re.sub(r"(resblocks|encoder\.layers)\.\d+", r"\1", name): len(shape) for name, shape in shapes.items()}
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Unit noise of a seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@every_family
+def test_file_has_the_original_names(family: str) -> None:
+    """The names and axes are those of full-size files."""
+    expected = {}
+    for part in (family, "vae", f"text_{family}"):
+        expected |= json.loads((KEYS / f"{part}.json").read_text())
+    assert ranks({name: list(value.shape) for name, value in original(reference(family).pipe).items()}) == ranks(expected)
 
 
-def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    """Demand equality to a fraction of the largest expected value."""
-    assert ours.shape == expected.shape
-    error = float((ours.double() - expected.double()).abs().max() / expected.abs().max())
-    assert error <= tolerance, f"error {error:.2e} of the largest value"
-
-
-def test_file_has_the_original_layout(reference: Reference) -> None:
+@every_family
+def test_file_has_the_original_layout(family: str) -> None:
     """diffusers' own reader of original files gives back the weights that were written."""
-    for convert, module in (convert_ldm_unet_checkpoint, reference.pipe.unet), (convert_ldm_vae_checkpoint, reference.pipe.vae):
-        read, written = convert(original(reference.pipe), dict(module.config)), module.state_dict()
+    pipe = reference(family).pipe
+    for convert, module in (convert_ldm_unet_checkpoint, pipe.unet), (convert_ldm_vae_checkpoint, pipe.vae):
+        read, written = convert(original(pipe), dict(module.config)), module.state_dict()
         assert read.keys() == written.keys()
         assert all(torch.equal(read[name], written[name]) for name in written)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (16, 40), (19, 27), (52, 76)])
-def test_unet(reference: Reference, model: scfg.Diffusion, height: int, width: int) -> None:
-    """Square, wide and odd latents, and half of 832x1216 pixels; at whole and fractional timesteps."""
-    x, context, t = normal(2, 4, height, width), normal(2, 77, CONTEXT, seed=1), torch.tensor([740.25, 3.0])
-    close(model.unet(x, t, context)[0], reference.pipe.unet(x, t, context).sample)
+@every_family
+def test_towers(family: str) -> None:
+    """diffusers' reader and scfg's find the weights of every text tower."""
+    pipe = reference(family).pipe
+    assert len(model(family).text.towers) == len(towers(pipe))
+    for tower, ours in zip(towers(pipe), model(family).text.towers):
+        read = {name.removeprefix("text_model."): value for name, value in read_back(pipe, tower).items()}
+        for name, value in tower.state_dict().items():
+            name = name.removeprefix("text_model.")
+            assert torch.equal(read[name], value)
+            assert torch.equal(ours.state_dict()[name if name == "text_projection.weight" else f"transformer.{name}"], value)
 
 
+@every_family
+@pytest.mark.parametrize("height, width", [(32, 32), (16, 40), (13, 19), (52, 76)])
+def test_unet(family: str, height: int, width: int) -> None:
+    """Square, wide and odd latents, and half of 832x1216 pixels; at whole and fractional timesteps, with sizes where there are any."""
+    unet = reference(family).pipe.unet
+    x, context, t = normal(2, 4, height, width), normal(2, 77, unet.config.cross_attention_dim, seed=1), torch.tensor([740.25, 3.0])
+    vector, added = None, None
+    if "sdxl" in family:
+        numbers = torch.tensor([[104.0, 152, 0, 8, 104, 152], [832, 1216, 0, 0, 1024, 1024]])
+        numbers = torch.cat([numbers[:, :4], torch.tensor([[6.0], [2.5]])], dim=1) if family == "sdxl_refiner" else numbers
+        pooled = normal(2, unet.config.projection_class_embeddings_input_dim - 256 * numbers.shape[1], seed=2)
+        vector = torch.cat([pooled, unet.add_time_proj(numbers.flatten()).reshape(2, -1)], dim=1)
+        added = {"text_embeds": pooled, "time_ids": numbers}
+    close(model(family).unet(x, t, context, vector)[0], unet(x, t, context, added_cond_kwargs=added).sample)
+
+
+@every_family
 @pytest.mark.parametrize("height, width", [(64, 64), (64, 104)])
-def test_vae(reference: Reference, model: scfg.Diffusion, height: int, width: int) -> None:
+def test_vae(family: str, height: int, width: int) -> None:
     """Encoding, decoding of an unscaled latent, and decoding of a sampled latent to an image in [0, 1]."""
-    vae, image, latent = reference.pipe.vae, normal(2, 3, height, width).tanh(), normal(2, 4, height // 8, width // 8)
-    mean, log_variance = model.vae.encode(image)
-    expected = vae.encode(image).latent_dist
+    pipe, ours = reference(family).pipe, model(family)
+    image, latent = normal(2, 3, height, width).tanh(), normal(2, 4, height // 8, width // 8)
+    mean, log_variance = ours.vae.encode(image)
+    expected = pipe.vae.encode(image).latent_dist
     close(mean, expected.mean)
     close(log_variance, expected.logvar)
-    close(model.vae.decode(latent), vae.decode(latent).sample)
-    sampled = vae.decode(latent / vae.config.scaling_factor).sample
-    close(model.decode(latent), reference.pipe.image_processor.postprocess(sampled, output_type="pt"))
+    close(ours.vae.decode(latent), pipe.vae.decode(latent).sample)
+    sampled = pipe.vae.decode(latent / pipe.vae.config.scaling_factor).sample
+    close(ours.decode(latent), pipe.image_processor.postprocess(sampled, output_type="pt"))
 
 
-@pytest.mark.parametrize("negative", [None, "blue dog"])
-def test_text(reference: Reference, model: scfg.Diffusion, negative: str | None) -> None:
-    """The text tower's states of prompts and of the negative prompt."""
-    texts = [TEXT, "dog"]
-    negatives = None if negative is None else [negative] * 2
-    cond, uncond = reference.pipe.encode_prompt(texts, "cpu", 1, True, negatives)
-    ours = model.prompt(texts, negative=negative).context
-    close(ours["cond"], cond)
-    close(ours["uncond"].expand_as(uncond), uncond)
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_another_vae(tmp_path: Path, prefix: str) -> None:
+    """A file of nothing but an autoencoder takes the place of the checkpoint's; the latent's scale stays the family's."""
+    pipe, latent = reference("sd2").pipe, normal(1, 4, 8, 13)
+    save_file({prefix + name: value.contiguous() for name, value in autoencoder(pipe.vae).items()}, tmp_path / "vae.safetensors")
+    with pytest.warns(UserWarning, match="family"):
+        ours = scfg.load(reference("sdxl").checkpoint, vae=tmp_path / "vae.safetensors")
+    sampled = pipe.vae.decode(latent / reference("sdxl").pipe.vae.config.scaling_factor).sample
+    close(ours.decode(latent), pipe.image_processor.postprocess(sampled, output_type="pt"))
 
 
-def reference_sigmas(sampler: str, spacing: str, steps: int) -> Tensor:
-    """diffusers' sigmas at the start of every step."""
-    reference = scheduler(sampler, spacing)
-    reference.set_timesteps(steps)
-    if sampler != "ddim":
-        return reference.sigmas[:-1]
-    alphas = reference.alphas_cumprod.double()[reference.timesteps]
-    return ((1 - alphas) / alphas).sqrt()
+def encoded(family: str, texts: list[str], negatives: list[str] | None, clip_skip: int | None = None) -> dict[str, dict[str, Tensor]]:
+    """diffusers' contexts and pooled states by row."""
+    pipe = reference(family).pipe
+    if "sdxl" in family:
+        cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(texts, device="cpu", negative_prompt=negatives, clip_skip=clip_skip)
+        return {"context": {"uncond": uncond, "cond": cond}, "pooled": {"uncond": pooled_uncond, "cond": pooled}}
+    tower = pipe.text_encoder                                     # diffusers looks for the norm where older transformers had it
+    tower.text_model = SimpleNamespace(final_layer_norm=tower.final_layer_norm)
+    cond, uncond = pipe.encode_prompt(texts, "cpu", 1, True, negatives, clip_skip=clip_skip)
+    return {"context": {"uncond": uncond, "cond": cond}, "pooled": {}}
 
 
-def test_sigma_table() -> None:
-    """The thousand sigmas of training, up to diffusers' single precision."""
-    alphas = scheduler("ddim", "leading").alphas_cumprod.double().numpy()
-    np.testing.assert_allclose(scfg.noise.sigma_table(), np.sqrt((1 - alphas) / alphas), rtol=1e-4)
+@every_family
+@pytest.mark.parametrize("negative", [None, "", "blue dog"])
+def test_text(family: str, negative: str | None) -> None:
+    """Contexts and pooled states of prompts, the longest of which is cut, and of the negative prompt."""
+    texts = [TEXT, "dog", "", "red dog on a cat " * 30]
+    expected = encoded(family, texts, None if negative is None else [negative] * len(texts))
+    with pytest.warns(UserWarning, match="longer"):
+        prompt = model(family).prompt(texts, negative=negative)
+    for name, rows in expected.items():
+        ours = getattr(prompt, name)
+        assert ours.keys() == rows.keys()
+        for row, value in rows.items():
+            close(ours[row].expand_as(value), value)
 
 
-@pytest.mark.parametrize("sampler, spacing, steps", [
-    ("ddim", "leading", 8), ("ddim", "leading", 7), ("ddim", "linspace", 7), ("ddim", "trailing", 7), ("dpmpp_2m", "linspace", 7),
-    ("dpmpp_2m", "trailing", 7), ("dpmpp_2m", "karras", 7)])
-def test_spacing(model: scfg.Diffusion, sampler: str, spacing: str, steps: int) -> None:
-    """The sigmas that steps start from; between table entries they tell timesteps one apart."""
-    prompt = scfg.Prompt(context={"uncond": normal(1, 77, CONTEXT), "cond": normal(1, 77, CONTEXT, seed=1)})
-    taken = list(model.sample(prompt, sampler=sampler, spacing=spacing, steps=steps, size=(64, 64)))
-    assert [step.index for step in taken] == list(range(steps))
-    ours, expected = torch.tensor([float(step.sigma) for step in taken]), reference_sigmas(sampler, spacing, steps)
-    assert len(expected) == steps
-    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-4)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("sampler, spacing, steps", [
-    ("ddim", "leading", 8), ("ddim", "leading", 5), ("dpmpp_2m", "linspace", 7), ("dpmpp_2m", "linspace", 16),
-    ("dpmpp_2m", "karras", 7)])
-def test_sampler(reference: Reference, sampler: str, spacing: str, steps: int, prediction: str) -> None:
-    """A guided trajectory of ready-made contexts from the same noise."""
-    pipe, noise = reference.pipe, normal(2, 4, 16, 24)
-    uncond, cond = normal(2, 77, CONTEXT, seed=1), normal(2, 77, CONTEXT, seed=2)
-    pipe.scheduler = scheduler(sampler, spacing, prediction)
-    expected = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise, num_inference_steps=steps,
-                    guidance_scale=7.5, height=128, width=192, output_type="latent").images
-    model = scfg.load(reference.checkpoint, prediction=prediction)
-    prompt = scfg.Prompt(context={"uncond": uncond, "cond": cond})
-    *_, last = model.sample(prompt, guidance=scfg.CFG(7.5), sampler=sampler, spacing=spacing, steps=steps, size=(192, 128),
-                            latent=noise)
-    close(last.latent, expected)
-
-
-@pytest.mark.parametrize("sampler, spacing, prediction, size, negative, count", [
-    ("ddim", "leading", "eps", (128, 128), None, 2), ("ddim", "leading", "v", (192, 128), "blue dog", 1),
-    ("dpmpp_2m", "linspace", "eps", (128, 192), "blue dog", 2), ("dpmpp_2m", "linspace", "v", (128, 128), None, 1)])
-def test_command(reference: Reference, tmp_path: Path, sampler: str, spacing: str, prediction: str, size: tuple[int, int],
-                 negative: str | None, count: int) -> None:
-    """The command from text and seed to final latents, each image's noise drawn from its own seed."""
-    width, height = size
-    words = [TEXT, "--checkpoint", str(reference.checkpoint), "--tokenizer", str(reference.tokenizer), "--guidance", "cfg",
-             "--scale", "7.5", "--sampler", sampler, "--steps", "8", "--size", f"{width}x{height}", "--seed", "3",
-             "--count", str(count), "--prediction", prediction, "--out", str(tmp_path)]
-    ours = sample.run(sample.parse(words + ([] if negative is None else ["--negative", negative])))
-    pipe = reference.pipe
-    pipe.scheduler = scheduler(sampler, spacing, prediction)
-    noise = torch.cat([normal(1, 4, height // 8, width // 8, seed=3 + i) for i in range(count)])
-    expected = pipe([TEXT] * count, negative_prompt=None if negative is None else [negative] * count, latents=noise,
-                    num_inference_steps=8, guidance_scale=7.5, height=height, width=width, output_type="latent").images
-    close(ours.cpu(), expected)
+@pytest.mark.parametrize("family, ours, theirs", [
+    ("sd1", 1, 0), ("sd1", 2, 1), ("sd1", 3, 2), ("sd2", 2, 0), ("sd2", 3, 1), ("sdxl", 2, 0), ("sdxl", 3, 1), ("sdxl_refiner", 4, 2)])
+def test_clip_skip(family: str, ours: int, theirs: int) -> None:
+    """Layers counted from the last, where diffusers counts on from the family's own; scfg's holds for the negative too."""
+    prompt = model(family).prompt([TEXT, "dog"], negative="blue dog", clip_skip=ours)
+    for row, texts in ("cond", [TEXT, "dog"]), ("uncond", ["blue dog"] * 2):
+        expected = encoded(family, texts, None, clip_skip=theirs)
+        close(prompt.context[row].expand_as(expected["context"]["cond"]), expected["context"]["cond"])
+        if prompt.pooled:
+            close(prompt.pooled[row].expand_as(expected["pooled"]["cond"]), expected["pooled"]["cond"])

@@ -1,0 +1,76 @@
+"""Noise levels and trajectories against diffusers' schedulers, on the small SD 1.x."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import scfg  # noqa: E402
+from compare import close, model, normal  # noqa: E402
+from schedulers import scheduler  # noqa: E402
+from small import NARROW, reference  # noqa: E402
+
+
+def reference_sigmas(sampler: str, spacing: str, steps: int) -> Tensor:
+    """diffusers' sigmas at the start of every step."""
+    reference = scheduler(sampler, spacing)
+    reference.set_timesteps(steps)
+    if sampler != "ddim":
+        return reference.sigmas[:-1]
+    alphas = reference.alphas_cumprod.double()[reference.timesteps]
+    return ((1 - alphas) / alphas).sqrt()
+
+
+def test_sigma_table() -> None:
+    """The thousand sigmas of training, up to diffusers' single precision."""
+    alphas = scheduler("ddim", "leading").alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(scfg.noise.sigma_table(), np.sqrt((1 - alphas) / alphas), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler, spacing, steps", [
+    ("ddim", "leading", 8), ("ddim", "leading", 7), ("ddim", "linspace", 7), ("ddim", "trailing", 7), ("dpmpp_2m", "linspace", 7),
+    ("dpmpp_2m", "trailing", 7), ("dpmpp_2m", "karras", 7), ("unipc", "linspace", 7), ("euler", "linspace", 10), ("euler", "karras", 7)])
+def test_spacing(sampler: str, spacing: str, steps: int) -> None:
+    """The sigmas that steps start from; between table entries they tell timesteps one apart."""
+    prompt = scfg.Prompt(context={"uncond": normal(1, 77, NARROW), "cond": normal(1, 77, NARROW, seed=1)})
+    taken = list(model("sd1").sample(prompt, scfg.CFG(5.0), sampler, spacing, steps, size=(64, 64)))
+    assert [step.index for step in taken] == list(range(steps))
+    ours, expected = torch.tensor([float(step.sigma) for step in taken]), reference_sigmas(sampler, spacing, steps)
+    assert len(expected) == steps
+    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-4)
+
+
+def trajectories(sampler: str, spacing: str, steps: int, prediction: str = "eps", eta: float | None = None) -> tuple[Tensor, Tensor]:
+    """The ends of scfg's and diffusers' guided runs of two pictures: the same contexts, seeds and draws of noise."""
+    pipe, seeds, cond, uncond = reference("sd1").pipe, [3, 7], normal(2, 77, NARROW, seed=2), normal(2, 77, NARROW, seed=1)
+    prompt = scfg.Prompt(context={"uncond": uncond, "cond": cond})
+    *_, last = model("sd1", prediction).sample(prompt, scfg.CFG(7.5), sampler, spacing, steps, size=(128, 96), seeds=seeds, eta=eta)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, 4, 12, 16, generator=generator) for generator in generators])
+    pipe.scheduler = scheduler(sampler, spacing, prediction)
+    expected = pipe(prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise, num_inference_steps=steps, guidance_scale=7.5,
+                    height=96, width=128, generator=generators, eta=eta or 0.0, output_type="latent").images
+    return last.latent, expected
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("sampler, spacing, steps", [
+    ("ddim", "leading", 8), ("ddim", "leading", 5), ("ddim", "trailing", 8), ("dpmpp_2m", "linspace", 7), ("dpmpp_2m", "linspace", 16),
+    ("dpmpp_2m", "karras", 7), ("euler", "linspace", 10), ("euler", "trailing", 7), ("euler", "karras", 7), ("heun", "trailing", 6),
+    ("heun", "karras", 5), ("unipc", "linspace", 7), ("unipc", "trailing", 16), ("unipc", "karras", 7), ("unipc", "trailing", 2)])
+def test_sampler(sampler: str, spacing: str, steps: int, prediction: str) -> None:
+    """Samplers that add no noise."""
+    close(*trajectories(sampler, spacing, steps, prediction))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("sampler, spacing, steps, eta", [
+    ("ddim", "leading", 8, 0.6), ("ddim", "trailing", 8, 1.0), ("euler_ancestral", "trailing", 7, None),
+    ("euler_ancestral", "linspace", 10, None), ("dpmpp_2m_sde", "linspace", 7, None), ("dpmpp_2m_sde", "trailing", 16, None),
+    ("dpmpp_2m_sde", "karras", 7, None)])
+def test_noisy_sampler(sampler: str, spacing: str, steps: int, eta: float | None, prediction: str) -> None:
+    """Samplers that add noise, each picture's drawn from its own generator after its first latent."""
+    close(*trajectories(sampler, spacing, steps, prediction, eta))
