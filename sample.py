@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=number(int, 1, 1000), default=4, help="pictures made at once; they depend on their seeds alone (default: %(default)s)")
     add("--checkpoint", type=Path, help="original Stable Diffusion 1.x, 2.x or SDXL file, .safetensors or .ckpt (default: the embedded model)")
     add("--refiner", type=Path, help="an SDXL refiner's file; it takes over from an SDXL checkpoint")
-    add("--refiner-from", type=number(float, 0, 1), default=0.8, help="the share of the timesteps before it does (default: %(default)s)")
+    add("--refiner-from", type=number(float, 0, 1), help="the share of the timesteps before it does (default: 0.8)")
     add("--vae", type=Path, help="a file whose VAE is used instead of the checkpoint's")
     add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
     add("--clip-skip", type=number(int, 1, 100), help="take the text towers' N-th last layer (default: 1 for SD 1.x, 2 for others)", metavar="N")
@@ -82,6 +82,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="of the network (default: float32 on the cpu, else float16)")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.refiner_from is not None and not args.refiner:
+        parser.error("--refiner-from says when a refiner takes over: give its file with --refiner")
     try:
         f"{args.prompt}{args.negative}".encode()
     except UnicodeEncodeError:
@@ -144,12 +146,12 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)
     model.latent_shape(args.size)                                             # a size that cannot be, said before any work
-    refiner = scfg.Refiner(*load(args.refiner), args.refiner_from) if args.refiner else None
+    refiner = scfg.Refiner(*load(args.refiner), 0.8 if args.refiner_from is None else args.refiner_from) if args.refiner else None
     model.check(args.sampler, args.eta, refiner)
     check_writable(args.out)
     print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {args.guidance} at scale {args.scale:g}, {args.steps} steps of "
           f"{SAMPLER_NAMES[args.sampler]} over {args.spacing} noise levels, {args.count} from seed {args.seed}"
-          + (f", {refiner.model.config.name} from {args.refiner_from:g} on" if refiner else ""))
+          + (f", {refiner.model.config.name} from {refiner.start:g} on" if refiner else ""))
     return model, prompt, refiner
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .checkpoint import load_parts
-from .config import SD2_V, BadInput, Config
+from .config import SD2_BASE, SD2_V, BadInput, Config
 from .guidance import SCFG, Guidance, ScaleRule
 from .noise import Prediction, Spacing, spaced_sigmas, time_of, to_x0
 from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
@@ -90,15 +90,22 @@ class Diffusion:
             raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
         return self.text.prompt(texts, negatives, self.device, clip_skip)
 
-    def vector(self, pooled: Tensor, row: str, height: int, width: int) -> Tensor:
-        """Pooled text (b p) of a row -> what XL is told of the whole picture (b v) (Podell et al. 2023, 2307.01952, section 2.2).
+    def vector(self, prompt: Prompt, rows: Sequence[str], height: int, width: int) -> Tensor | None:
+        """What XL is told of the whole picture, (r*b v) for r rows; None for the others (Podell et al. 2023, 2307.01952, section 2.2).
 
-        After the text come sinusoids of the original height and width, the crop's top and left, and the target's height and
+        After the pooled text come sinusoids of the original height and width, the crop's top and left, and the target's height and
         width, in pixels; for the refiner an aesthetic score in place of the last two.
         """
-        aim = (height, width) if self.config.aesthetic is None else (self.config.aesthetic[row != "uncond"],)
-        told = timestep_embedding(torch.tensor((height, width, 0, 0, *aim), device=pooled.device), 256).flatten()
-        return torch.cat([pooled, told.to(pooled.dtype).expand(len(pooled), -1)], dim=1)
+        if not self.config.unet.vector_dim:
+            return None
+        if not prompt.pooled:
+            raise BadInput(f"{self.config.name} is told the pooled text too: give Prompt(context=..., pooled=...)")
+        told = []
+        for row in rows:
+            aim = (height, width) if self.config.aesthetic is None else (self.config.aesthetic[row != "uncond"],)
+            sinusoids = timestep_embedding(torch.tensor((height, width, 0, 0, *aim), device=self.device), 256).flatten()
+            told.append(torch.cat([prompt.pooled[row], sinusoids.to(self.dtype).expand(len(prompt.pooled[row]), -1)], dim=1))
+        return torch.cat(told)
 
     def denoiser(self, prompt: Prompt, guidance: Guidance | ScaleRule, watched: Callable[[float], bool] = lambda sigma: False,
                  maps: bool = False) -> Denoise:
@@ -107,8 +114,7 @@ class Diffusion:
         At sigmas where `watched` holds, regions are found even if the guidance does without; `maps` also returns all maps.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
-        if self.config.unet.vector_dim and not prompt.pooled:
-            raise BadInput(f"{self.config.name} is told the pooled text too: give Prompt(context=..., pooled=...)")
+        factor = self.config.vae.factor
         silent = (prompt.context["uncond"] == 0).flatten(1).all(1) if "uncond" in prompt.context else None
         said = ("the unconditional context is all zeros: the foreground is the conditional half's",)
 
@@ -116,11 +122,10 @@ class Diffusion:
             rows = guidance.rows(sigma)
             recipe = guidance.segmentation(sigma) or (OFFICIAL if watched(sigma) and "uncond" in rows else None)
             pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
-            height, width = (side * self.config.vae.factor for side in x.shape[-2:])
             out, kept = self.unet(
                 (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)),
                 torch.cat([prompt.context[row] for row in rows]),
-                torch.cat([self.vector(prompt.pooled[row], row, height, width) for row in rows]) if prompt.pooled else None,
+                self.vector(prompt, rows, factor * x.shape[2], factor * x.shape[3]),
                 map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete)
             by_row = dict(zip(rows, out.float().chunk(len(rows))))
             completed = [recipe.complete(block) for block in kept] if recipe and maps else kept
@@ -151,10 +156,10 @@ class Diffusion:
             warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "
                           "give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
         sigmas = spaced_sigmas(spacing or self.spacing(sampler), steps, drop_lowest=sampler in MULTISTEP)
-        batch = len(prompt.context["cond"])
-        seeds = [seeds + i for i in range(batch if latent is None else len(latent))] if isinstance(seeds, int) else list(seeds)
-        if not seeds or batch not in (1, len(seeds)) or latent is not None and len(latent) != len(seeds):
-            raise BadInput(f"{batch} prompts for {len(seeds)} pictures: give one prompt, or one for each")
+        batch = len(prompt.context["cond"] if latent is None else latent)
+        seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
+        if latent is not None and len(latent) != len(seeds):
+            raise BadInput(f"{len(latent)} latents for {len(seeds)} pictures: give one for each seed")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = self.latent_shape(size or self.config.size) if latent is None else latent.shape[1:]
 
@@ -163,9 +168,11 @@ class Diffusion:
 
         x = (noise() if latent is None else latent.to(self.device, torch.float32)) * math.sqrt(sigmas[0] ** 2 + 1)
         watched = {sigmas[i] for i in watch if i < steps}.__contains__
-        early, *late = (model.denoiser(words.placed(len(seeds), model.device, model.dtype), guidance, watched, maps)
-                        for model, words, *_ in [(self, prompt)] + [refiner] * bool(refiner))
-        denoise = handed_over(early, late[0], refiner.start) if refiner else early
+        denoise = self.denoiser(prompt.placed(len(seeds), self.device, self.dtype), guidance, watched, maps)
+        if refiner:
+            model, words, start = refiner
+            late = model.denoiser(words.placed(len(seeds), model.device, model.dtype), guidance, watched, maps)
+            denoise = handed_over(denoise, late, start)
         run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({} if eta is None else {"eta": eta}))
         for i in range(steps):
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
@@ -252,13 +259,14 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
         Path(path or embedded_checkpoint()), dtype, read_tokenizer(tokenizer) if tokenizer else None, vae and Path(vae))
     unet, first_stage, text = unet.to(device), first_stage.to(device), text if offload or text is None else text.to(device)
     if config.vae.overflows and dtype == torch.float16:
-        warnings.warn(f"the VAE of {config.name} overflows in float16: it runs in float32", stacklevel=2)
+        warnings.warn("SDXL's VAE overflows in float16: it runs in float32", stacklevel=2)
     if config.name == SD2_V.name:
         found = seems_to_predict(unet)
         if not prediction:
-            config = replace(config, prediction=found)
             warnings.warn(f"an SD 2.x file does not say what it predicts: taken as {found}, by its answer to pure noise; "
                           "--prediction says otherwise", stacklevel=2)
         elif found != prediction:
             warnings.warn(f"prediction {prediction} was asked for, but by its answer to pure noise this network predicts {found}", stacklevel=2)
+        prediction = prediction or found
+        config = replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if prediction == "eps" else config
     return Diffusion(replace(config, prediction=prediction or config.prediction), unet, first_stage, text)

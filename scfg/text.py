@@ -35,7 +35,10 @@ class Prompt:
     words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
 
     def placed(self, count: int, device: torch.device, dtype: torch.dtype) -> "Prompt":
-        """For `count` pictures, if it is one's; as the network wants it."""
+        """The same for `count` pictures, which it must be of unless it is of one, where and as a network wants it."""
+        if len(self.context["cond"]) not in (1, count) or not count:
+            raise BadInput(f"{len(self.context['cond'])} prompts for {count} pictures: give one prompt, or one for each")
+
         def place(rows):
             return {row: state.to(device, dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
         return replace(self, context=place(self.context), pooled=place(self.pooled))

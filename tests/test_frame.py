@@ -30,7 +30,13 @@ def test_no_function_is_over_40_lines():
 
 def test_the_core_stays_small():
     def code_lines(path: Path) -> int:
-        return sum(bool(line.strip()) and not line.strip().startswith("#") for line in path.read_text().splitlines())
+        """Lines that are not blank, comments or docstrings."""
+        text = path.read_text()
+        code = {i for i, line in enumerate(text.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        return len(code)
     core = [path for path in OURS if path.parent.name == "scfg" and path.stem not in ("flatland", "report")]
     assert sum(map(code_lines, core)) < 1200
 

@@ -65,6 +65,9 @@ WRONG = {
     "no guidance": (["--guidance", "magic"], "invalid choice: 'magic'"),
     "not UTF-8": (["a red \udce9 car"], "not UTF-8"),
     "eta": (["--eta", "0.5"], "dpmpp_2m adds none"),
+    "no refiner": (["--refiner-from", "0.5"], "give its file with --refiner"),
+    "clip skip": (["--clip-skip", "9"], "1 to 2, not 9"),
+    "no vae": (["--vae", "absent.safetensors"], "no such file"),
     "no file": (["--checkpoint", "absent.safetensors"], "no such file"),
     "no device": (["--device", "cuda"], "not available"),
     "odd device": (["--device", "toaster"], "not available"),
@@ -93,7 +96,8 @@ def test_wrong_use_from_the_shell(tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
-def test_help_names_the_world(capsys):
+def test_help_names_the_world_and_what_is_native(capsys):
     with pytest.raises(SystemExit):
         sample.parse(["--help"])
-    assert "mushroom" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mushroom" in said and "SDXL 1024x1024, scale 5, trailing spacing" in said
