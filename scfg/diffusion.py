@@ -178,8 +178,7 @@ class Diffusion:
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
                 x, denoised = next(run)
             if not x.isfinite().all():
-                raise FloatingPointError(f"step {i + 1} of {steps} gave numbers that are not finite in {self.dtype}: "
-                                         "try --dtype float32, or another checkpoint if that is what it ran in")
+                raise FloatingPointError(f"step {i + 1} of {steps} is not finite in {self.dtype}: try --dtype float32 or another checkpoint")
             yield Step(i, steps, sigmas[i], x / math.sqrt(sigmas[i + 1] ** 2 + 1), denoised)
 
     def check(self, sampler: str, eta: float | None, refiner: Refiner | None) -> None:

@@ -1,11 +1,9 @@
 """Weights of diffusers' and transformers' modules under the names and in the shapes of original single files."""
 
 import re
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # Renamings from diffusers' names to the original ones, tried on every name in this order.
@@ -113,9 +111,3 @@ def original(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """All weights of a pipeline as an original file holds them."""
     return {**{"model.diffusion_model." + name: value for name, value in unet(pipe.unet).items()},
             **{"first_stage_model." + name: value for name, value in vae(pipe.vae).items()}, **text(pipe)}
-
-
-def save_original(pipe: DiffusionPipeline, path: Path) -> Path:
-    """Write the pipeline as one file in the original layout, in half precision as most published files."""
-    save_file({name: value.half().contiguous() for name, value in original(pipe).items()}, path)
-    return path

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from diffusers import (AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
-from original import save_original
+from original import original
+from safetensors.torch import save_file
 from schedulers import scheduler
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
@@ -115,6 +116,7 @@ class Reference(NamedTuple):
     """diffusers' pipeline and the files holding the same weights and vocabulary."""
 
     pipe: DiffusionPipeline
+    weights: dict[str, Tensor]                                    # under their original names
     checkpoint: Path
     tokenizer: Path
 
@@ -125,7 +127,8 @@ FOLDER = tempfile.TemporaryDirectory(prefix="parity-")            # removed when
 @cache
 def reference(family: str) -> Reference:
     """The reference pipeline of a family and its files."""
-    folder = Path(FOLDER.name)
-    tokenizer().save_pretrained(folder / "tokenizer")
-    pipe = pipeline(family)
-    return Reference(pipe, save_original(pipe, folder / f"{family}.safetensors"), folder / "tokenizer")
+    folder, pipe = Path(FOLDER.name), pipeline(family)
+    files = Reference(pipe, original(pipe), folder / f"{family}.safetensors", folder / "tokenizer")
+    save_file({name: value.half().contiguous() for name, value in files.weights.items()}, files.checkpoint)
+    tokenizer().save_pretrained(files.tokenizer)
+    return files

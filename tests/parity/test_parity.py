@@ -18,7 +18,6 @@ from diffusers.loaders.single_file_utils import (  # noqa: E402
 
 import scfg  # noqa: E402
 from compare import TEXT, close, model, normal  # noqa: E402
-from original import original  # noqa: E402
 from original import vae as autoencoder  # noqa: E402
 from small import FAMILIES, reference  # noqa: E402
 
@@ -31,9 +30,8 @@ def towers(pipe: diffusers.DiffusionPipeline) -> list[nn.Module]:
     return [tower for tower in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if tower is not None]
 
 
-def read_back(pipe: diffusers.DiffusionPipeline, tower: nn.Module) -> dict[str, Tensor]:
+def read_back(weights: dict[str, Tensor], tower: nn.Module) -> dict[str, Tensor]:
     """What diffusers' converters find of a text tower in the original file."""
-    weights = original(pipe)
     if tower.config.hidden_act == "quick_gelu":
         return convert_ldm_clip_checkpoint(weights)
     prefixes = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
@@ -52,15 +50,15 @@ def test_file_has_the_original_names(family: str) -> None:
     expected = {}
     for part in (family, "vae", f"text_{family}"):
         expected |= json.loads((KEYS / f"{part}.json").read_text())
-    assert ranks({name: list(value.shape) for name, value in original(reference(family).pipe).items()}) == ranks(expected)
+    assert ranks({name: list(value.shape) for name, value in reference(family).weights.items()}) == ranks(expected)
 
 
 @every_family
 def test_file_has_the_original_layout(family: str) -> None:
     """diffusers' own reader of original files gives back the weights that were written."""
-    pipe = reference(family).pipe
+    pipe, weights, *_ = reference(family)
     for convert, module in (convert_ldm_unet_checkpoint, pipe.unet), (convert_ldm_vae_checkpoint, pipe.vae):
-        read, written = convert(original(pipe), dict(module.config)), module.state_dict()
+        read, written = convert(weights, dict(module.config)), module.state_dict()
         assert read.keys() == written.keys()
         assert all(torch.equal(read[name], written[name]) for name in written)
 
@@ -68,10 +66,10 @@ def test_file_has_the_original_layout(family: str) -> None:
 @every_family
 def test_towers(family: str) -> None:
     """diffusers' reader and scfg's find the weights of every text tower."""
-    pipe = reference(family).pipe
+    pipe, weights, *_ = reference(family)
     assert len(model(family).text.towers) == len(towers(pipe))
     for tower, ours in zip(towers(pipe), model(family).text.towers):
-        read = {name.removeprefix("text_model."): value for name, value in read_back(pipe, tower).items()}
+        read = {name.removeprefix("text_model."): value for name, value in read_back(weights, tower).items()}
         for name, value in tower.state_dict().items():
             name = name.removeprefix("text_model.")
             assert torch.equal(read[name], value)
@@ -79,9 +77,9 @@ def test_towers(family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("height, width", [(32, 32), (16, 40), (13, 19), (52, 76)])
+@pytest.mark.parametrize("height, width", [(32, 32), (13, 19), (26, 38)])
 def test_unet(family: str, height: int, width: int) -> None:
-    """Square, wide and odd latents, and half of 832x1216 pixels; at whole and fractional timesteps, with sizes where there are any."""
+    """Square, and as 1216x832 pixels are, also with odd sides; at whole and fractional timesteps, with sizes where there are any."""
     unet = reference(family).pipe.unet
     x, context, t = normal(2, 4, height, width), normal(2, 77, unet.config.cross_attention_dim, seed=1), torch.tensor([740.25, 3.0])
     vector, added = None, None

@@ -43,9 +43,10 @@ def test_spacing(sampler: str, spacing: str, steps: int) -> None:
     np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-4)
 
 
-def trajectories(sampler: str, spacing: str, steps: int, prediction: str = "eps", eta: float | None = None) -> tuple[Tensor, Tensor]:
-    """The ends of scfg's and diffusers' guided runs of two pictures: the same contexts, seeds and draws of noise."""
-    pipe, seeds, cond, uncond = reference("sd1").pipe, [3, 7], normal(2, 77, NARROW, seed=2), normal(2, 77, NARROW, seed=1)
+def trajectories(sampler: str, spacing: str, steps: int, prediction: str, eta: float | None = None,
+                 seeds: tuple[int, ...] = (3,)) -> tuple[Tensor, Tensor]:
+    """The ends of scfg's and diffusers' guided runs: the same contexts, seeds and draws of noise."""
+    pipe, cond, uncond = reference("sd1").pipe, normal(len(seeds), 77, NARROW, seed=2), normal(len(seeds), 77, NARROW, seed=1)
     prompt = scfg.Prompt(context={"uncond": uncond, "cond": cond})
     *_, last = model("sd1", prediction).sample(prompt, scfg.CFG(7.5), sampler, spacing, steps, size=(128, 96), seeds=seeds, eta=eta)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -60,17 +61,16 @@ def trajectories(sampler: str, spacing: str, steps: int, prediction: str = "eps"
 @pytest.mark.parametrize("sampler, spacing, steps", [
     ("ddim", "leading", 8), ("ddim", "leading", 5), ("ddim", "trailing", 8), ("dpmpp_2m", "linspace", 7), ("dpmpp_2m", "linspace", 16),
     ("dpmpp_2m", "karras", 7), ("euler", "linspace", 10), ("euler", "trailing", 7), ("euler", "karras", 7), ("heun", "trailing", 6),
-    ("heun", "karras", 5), ("unipc", "linspace", 7), ("unipc", "trailing", 16), ("unipc", "karras", 7), ("unipc", "trailing", 2)])
+    ("heun", "karras", 5), ("unipc", "linspace", 7), ("unipc", "trailing", 9), ("unipc", "karras", 7), ("unipc", "trailing", 2)])
 def test_sampler(sampler: str, spacing: str, steps: int, prediction: str) -> None:
     """Samplers that add no noise."""
     close(*trajectories(sampler, spacing, steps, prediction))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("sampler, spacing, steps, eta", [
-    ("ddim", "leading", 8, 0.6), ("ddim", "trailing", 8, 1.0), ("euler_ancestral", "trailing", 7, None),
-    ("euler_ancestral", "linspace", 10, None), ("dpmpp_2m_sde", "linspace", 7, None), ("dpmpp_2m_sde", "trailing", 16, None),
-    ("dpmpp_2m_sde", "karras", 7, None)])
-def test_noisy_sampler(sampler: str, spacing: str, steps: int, eta: float | None, prediction: str) -> None:
+@pytest.mark.parametrize("sampler, spacing, steps, prediction, eta", [
+    ("ddim", "leading", 8, "eps", 0.6), ("ddim", "trailing", 8, "v", 1.0), ("euler_ancestral", "trailing", 7, "eps", None),
+    ("euler_ancestral", "linspace", 10, "v", None), ("dpmpp_2m_sde", "linspace", 7, "v", None),
+    ("dpmpp_2m_sde", "trailing", 16, "eps", None), ("dpmpp_2m_sde", "karras", 7, "eps", None)])
+def test_noisy_sampler(sampler: str, spacing: str, steps: int, prediction: str, eta: float | None) -> None:
     """Samplers that add noise, each picture's drawn from its own generator after its first latent."""
-    close(*trajectories(sampler, spacing, steps, prediction, eta))
+    close(*trajectories(sampler, spacing, steps, prediction, eta, seeds=(3, 7)))
