@@ -53,7 +53,7 @@ def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
 
 
 class Refiner(NamedTuple):
-    """A second model that takes a run over, with its own words for what the picture shows."""
+    """A second model that takes a run over, with its own encoding of the text; the sampler goes on with what it remembers."""
     model: "Diffusion"
     prompt: Prompt
     start: float = 0.8                                # the share of the training's timesteps that is not its own

@@ -1,5 +1,6 @@
 """Prompts: tokens, the words they make up, and the text towers that turn them into context."""
 import gzip
+import json
 import urllib.error
 import urllib.request
 import warnings
@@ -56,7 +57,9 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
     path, reason = Path(path), "there is none"
     try:
         if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
-            return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+            read = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+            bpe = json.loads(read.backend_tokenizer.to_str())["model"]        # without a padding token, which would be split
+            return CLIPTokenizer(vocab=bpe["vocab"], merges=list(map(tuple, bpe["merges"])))     # off any text: SD 2.x's is "!"
         if path.is_file() and path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")

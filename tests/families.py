@@ -50,8 +50,11 @@ def tower(config: TextConfig) -> dict[str, Tensor]:
 def original(config: Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Every tensor of a file of this family, as published files name them."""
     torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)                    # a full-size SDXL would not fit twice into memory
     tensors = {UNET + name: tensor for name, tensor in UNet(config.unet).state_dict().items()}
     tensors |= {FIRST_STAGE + name: tensor for name, tensor in VAE(config.vae).state_dict().items()}
     for text in config.text:
         tensors |= tower(text)
+    torch.set_default_dtype(before)
     return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}

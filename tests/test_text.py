@@ -103,6 +103,12 @@ def test_a_transformers_folder(tmp_path):
     assert read_tokenizer(tmp_path)("the cat")["input_ids"] == tower().tokenizer("the cat")["input_ids"]
 
 
+def test_a_folder_s_padding_token_is_a_character_like_any_other(tmp_path):
+    CLIPTokenizer(vocab=vocabulary(MERGES), merges=MERGES, pad_token="!").save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path)("cat!")["input_ids"] == tower().tokenizer("cat!")["input_ids"]
+    assert CLIPTokenizer.from_pretrained(tmp_path)("cat!")["input_ids"] != tower().tokenizer("cat!")["input_ids"]
+
+
 def test_no_tokenizer_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(scfg.BadInput, match="is no tokenizer"):
         read_tokenizer(tmp_path)
