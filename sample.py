@@ -96,8 +96,10 @@ def parameters(args: argparse.Namespace, model: scfg.Diffusion, seed: int, pictu
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     facts = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.scale, "Seed": seed,
              "Size": f"{picture.width}x{picture.height}", "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
-             "Guidance": args.guidance, "Schedule type": args.spacing} | ({} if args.eta is None else {"Eta": args.eta})
-    return f"{args.prompt}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items())
+             "Guidance": args.guidance, "Schedule type": args.spacing, "Eta": args.eta, "Clip skip": args.clip_skip,
+             "VAE": args.vae and args.vae.stem, "Refiner": args.refiner and args.refiner.stem,
+             "Refiner switch at": args.refiner_from if args.refiner else None, "Prediction": args.prediction, "Precision": args.dtype}
+    return f"{args.prompt}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
 
 
 def save(image: Image.Image, path: Path, text: str) -> None:
@@ -146,8 +148,9 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)
     model.latent_shape(args.size)                                             # a size that cannot be, said before any work
-    refiner = scfg.Refiner(*load(args.refiner), 0.8 if args.refiner_from is None else args.refiner_from) if args.refiner else None
-    model.check(args.sampler, args.eta, refiner)
+    args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
+    refiner = scfg.Refiner(*load(args.refiner), args.refiner_from) if args.refiner else None
+    model.check(args.sampler, args.steps, args.eta, refiner)
     check_writable(args.out)
     print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {args.guidance} at scale {args.scale:g}, {args.steps} steps of "
           f"{SAMPLER_NAMES[args.sampler]} over {args.spacing} noise levels, {args.count} from seed {args.seed}"
@@ -202,7 +205,7 @@ def run(args: argparse.Namespace) -> Tensor:
 
 
 def main() -> None:
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)     # not into a progress bar
     try:
         run(parse())
     except (scfg.BadInput, FloatingPointError, OSError) as error:

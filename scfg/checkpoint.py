@@ -24,7 +24,7 @@ DROPPED = re.compile(                                 # buffers and training lef
     r"model_ema\..*|betas|(sqrt_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\.sigmas"
     r"|first_stage_model\.(loss|model_ema)\..*|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?logit_scale"
-    r"|cond_stage_model\.model\.text_projection|.*\.embeddings\.position_ids")
+    r"|cond_stage_model\.model\.text_projection|.*\.embeddings\.position_ids|.*\.model\.attn_mask")
 OPEN_CLIP = {                                         # its names, as patterns -> transformers', for a tower's parameters
     r"^positional_embedding$": "embeddings.position_embedding.weight", r"^token_embedding\.": "embeddings.token_embedding.",
     r"^transformer\.resblocks\.": "encoder.layers.", r"^ln_final\.": "final_layer_norm.", r"\.ln_(\d)\.": r".layer_norm\1.",
@@ -104,18 +104,24 @@ def recognise(tensors: dict[str, Tensor]) -> Config:
         channel_mult=tuple(shape(tensors, f"{UNET}input_blocks.{i}.0.out_layers.0.weight")[0] // channels for i in firsts),
         context_dim=shape(tensors, UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         vector_dim=shape(tensors, UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0)
-    vae = vae_sizes(family.vae, tensors)
-    if unet.in_channels != vae.latent_channels:
-        raise BadInput(f"unknown architecture: the U-Net takes {unet.in_channels} channels (an inpainting model?), "
-                       f"the latent has {vae.latent_channels}; only text-to-image checkpoints are supported")
     towers = tuple(tower_sizes(tower, tower_tensors(part(tensors, tower.prefix))) for tower in family.text)
-    return replace(family, unet=unet, vae=vae, text=towers if part(tensors, family.text[0].prefix) else ())
+    any_tower = any(part(tensors, tower.prefix) for tower in family.text)
+    return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers if any_tower else ())
+
+
+def family_of(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Config:
+    """What a file says of itself in its metadata, or else what it is recognised as."""
+    try:
+        return Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
 
 
 def vae_sizes(vae: VAEConfig, tensors: dict[str, Tensor]) -> VAEConfig:
     """The sizes of a family's VAE from its tensors."""
     channels = shape(tensors, FIRST_STAGE + "encoder.conv_in.weight")[0]
-    norms = [shape(tensors, f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight") for i in range(len(vae.channel_mult))]
+    levels = len({name.split(".")[3] for name in tensors if name.startswith(FIRST_STAGE + "encoder.down.")})
+    norms = [shape(tensors, f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight") for i in range(levels)]
     return replace(vae, channels=channels, channel_mult=tuple(width // channels for width, in norms),
                    latent_channels=shape(tensors, FIRST_STAGE + "decoder.conv_in.weight")[1])
 
@@ -138,7 +144,10 @@ def tower_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tower_sizes(tower: TextConfig, tensors: dict[str, Tensor]) -> TextConfig:
-    """The sizes of a family's text tower, whose heads are 64 wide, from its tensors; as the family has them where there are none."""
+    """The sizes of a family's text tower, whose heads are 64 wide, from its tensors; as the family has them where there are none.
+
+    A tower of the family's own width has all of the family's layers: the last ones must not be missing unnoticed.
+    """
     shapes = {name.removeprefix("transformer."): tensor.shape for name, tensor in tensors.items()}
     if not shapes:
         return tower
@@ -147,7 +156,7 @@ def tower_sizes(tower: TextConfig, tensors: dict[str, Tensor]) -> TextConfig:
         pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
     except KeyError as error:
         raise BadInput(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
-    layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
+    layers = tower.layers if width == tower.width else len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
     return replace(tower, width=width, layers=layers, heads=max(1, width // 64), length=length, vocabulary=vocabulary, pooled=pooled)
 
 
@@ -173,25 +182,33 @@ def metadata_tokenizer(metadata: dict[str, str]) -> CLIPTokenizer | None:
     return CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)
 
 
-def replace_vae(path: Path, config: Config, tensors: dict[str, Tensor]) -> tuple[Config, dict[str, Tensor]]:
-    """Another file's VAE, be it alone there or in a whole checkpoint, in the place of this one's."""
+def read_vae(path: Path) -> tuple[Config | None, VAEConfig, dict[str, Tensor]]:
+    """The VAE of a file, be it alone there or in a whole checkpoint (whose family comes first), under a checkpoint's names."""
     found, metadata = read(path)
-    if part(found, UNET):
-        other = family_of(found, metadata)
-        if other.latent_scale != config.latent_scale:
-            raise BadInput(f"{path} is {other.name}, whose latents are not those of {config.name}: give a VAE of this family")
-    else:
-        warnings.warn(f"a VAE alone does not say its family: {path} is taken for one of {config.name}", stacklevel=2)
+    family = family_of(path, found, metadata) if part(found, UNET) else None
     found = part(found, FIRST_STAGE) or found
-    found = {FIRST_STAGE + name: t for name, t in found.items() if name.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
+    found = {name: t for name, t in found.items() if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    tensors = {FIRST_STAGE + name: tensor for name, tensor in found.items()}
     try:
-        vae = vae_sizes(config.vae, found)
-    except BadInput:
-        raise BadInput(f"{path} holds no VAE of {config.name}'s layout") from None
-    if vae.latent_channels != config.vae.latent_channels:
-        raise BadInput(f"{path} has latents of {vae.latent_channels} channels, those of {config.name} have "
-                       f"{config.vae.latent_channels}: give a VAE of this family")
-    return replace(config, vae=vae), {name: t for name, t in tensors.items() if not name.startswith(FIRST_STAGE)} | found
+        sizes = vae_sizes(family.vae if family else VAEConfig(), tensors)
+        _, complaints = build(lambda: VAE(sizes), found, torch.float32)
+    except Exception as error:                        # foreign layouts and absurd shapes fail in many ways
+        raise BadInput(f"{path} holds no VAE of Stable Diffusion's layout ({type(error).__name__})") from None
+    if complaints:
+        raise BadInput(f"{path} holds no whole VAE: {listed(complaints)}")
+    return family, sizes, tensors
+
+
+def with_vae(path: Path, config: Config, family: Config | None, sizes: VAEConfig) -> Config:
+    """A checkpoint's config with another file's VAE, if it can be had with it."""
+    if family and family.latent_scale != config.latent_scale:
+        raise BadInput(f"{path} is {family.name}, whose latents are not those of {config.name}: give a VAE of this family")
+    if sizes.latent_channels != config.unet.in_channels:
+        raise BadInput(f"{path} has latents of {sizes.latent_channels} channels, those of {config.name} have "
+                       f"{config.unet.in_channels}: give a VAE of this family")
+    if not family:
+        warnings.warn(f"a VAE alone does not say its family: {path} is taken for one of {config.name}", stacklevel=2)
+    return replace(config, vae=replace(sizes, overflows=config.vae.overflows))
 
 
 def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None, vae: Path | None = None) -> Parts:
@@ -199,9 +216,11 @@ def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None =
     tensors, metadata = read(path)
     try:
         tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
-        config = family_of(tensors, metadata)
         if vae:
-            config, tensors = replace_vae(vae, config, tensors)
+            *other, first_stage = read_vae(vae)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FIRST_STAGE)} | first_stage
+        config = family_of(path, tensors, metadata)
+        config = with_vae(vae, config, *other) if vae else config
         return assemble(path, config, tensors, metadata, dtype, tokenizer)
     except BadInput:
         raise
@@ -210,13 +229,19 @@ def load_parts(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None =
         raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
 
 
-def family_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Config:
-    return Config.from_dict(json.loads(metadata["scfg.config"])) if "scfg.config" in metadata else recognise(tensors)
+def listed(complaints: list[str]) -> str:
+    return ", ".join(complaints[:10]) + (f" and {len(complaints) - 10} more" if len(complaints) > 10 else "")
 
 
 def assemble(path: Path, config: Config, tensors: dict[str, Tensor], metadata: dict[str, str], dtype: torch.dtype,
              tokenizer: CLIPTokenizer | None) -> Parts:
     """The networks of a file's tensors, every one of which must find its place."""
+    if config.unet.in_channels != config.vae.latent_channels:
+        raise BadInput(f"{path}: unknown architecture: the U-Net takes {config.unet.in_channels} channels (an inpainting model?), "
+                       f"the latent has {config.vae.latent_channels}; only text-to-image checkpoints are supported")
+    for tower in config.text:
+        if not part(tensors, tower.prefix):
+            raise BadInput(f"{path} is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
     unet, complaints = build(lambda: UNet(config.unet), part(tensors, UNET), dtype)
     vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
     vae, more = build(lambda: VAE(config.vae), part(tensors, FIRST_STAGE), vae_dtype)
@@ -231,6 +256,5 @@ def assemble(path: Path, config: Config, tensors: dict[str, Tensor], metadata: d
     known = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
     complaints += [f"unexpected {name}" for name in tensors if not name.startswith(known)]
     if complaints:
-        rest = f" and {len(complaints) - 10} more" if len(complaints) > 10 else ""
-        raise BadInput(f"{path} is no whole {config.name} checkpoint: {', '.join(complaints[:10])}{rest}")
+        raise BadInput(f"{path} is no whole {config.name} checkpoint: {listed(complaints)}")
     return Parts(config, unet, vae, text)

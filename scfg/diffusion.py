@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 from .checkpoint import load_parts
 from .config import SD2_BASE, SD2_V, BadInput, Config
 from .guidance import SCFG, Guidance, ScaleRule
-from .noise import Prediction, Spacing, spaced_sigmas, time_of, to_x0
+from .noise import SIGMAS, Prediction, Spacing, spaced_sigmas, time_of, to_x0
 from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
 from .segment import OFFICIAL, Regions
 from .text import Prompt, Text, read_tokenizer
@@ -46,10 +46,14 @@ class Step(NamedTuple):
     denoised: Denoised
 
 
+def handover(start: float) -> int:
+    """The timestep below which a refiner acts that leaves the share `start` of the training's to another."""
+    return round(1000 * (1 - start))
+
+
 def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
     """The early one for a share `start` of the training's timesteps, counted from the noise, then the late one."""
-    last = round(1000 * (1 - start))
-    return lambda x, sigma, previous: (early if time_of(sigma) >= last else late)(x, sigma, previous)
+    return lambda x, sigma, previous: (early if time_of(sigma) >= handover(start) else late)(x, sigma, previous)
 
 
 class Refiner(NamedTuple):
@@ -81,7 +85,7 @@ class Diffusion:
         clip_skip: the text towers' layer, counted from the last, in place of the family's own.
         """
         if self.text is None:
-            raise BadInput(f"this {self.config.name} checkpoint has no text tower: give Prompt(context=...) instead")
+            raise BadInput(f"this {self.config.name} checkpoint has no text tower: use one that has, or Prompt(context=...) in Python")
         texts = [text] if isinstance(text, str) else list(text)
         if negative is None and not self.config.zero_negative:
             negative = ""
@@ -89,6 +93,15 @@ class Diffusion:
         if negatives is not None and len(negatives) != len(texts):
             raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
         return self.text.prompt(texts, negatives, self.device, clip_skip)
+
+    def placed(self, prompt: Prompt, count: int) -> Prompt:
+        """The prompt for `count` pictures, which it must be of unless it is of one, where and as the network wants it."""
+        def place(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+            for state in rows.values():
+                if len(state) not in (1, count):
+                    raise BadInput(f"{len(state)} prompts for {count} pictures: give one prompt, or one for each")
+            return {row: state.to(self.device, self.dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
+        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled))
 
     def vector(self, prompt: Prompt, rows: Sequence[str], height: int, width: int) -> Tensor | None:
         """What XL is told of the whole picture, (r*b v) for r rows; None for the others (Podell et al. 2023, 2307.01952, section 2.2).
@@ -111,21 +124,22 @@ class Diffusion:
                  maps: bool = False) -> Denoise:
         """The method itself, as a function (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
-        At sigmas where `watched` holds, regions are found even if the guidance does without; `maps` also returns all maps.
+        A prompt of one picture serves any number. At sigmas where `watched` holds, regions are found even if the guidance does
+        without; `maps` also returns all maps.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         factor = self.config.vae.factor
-        silent = (prompt.context["uncond"] == 0).flatten(1).all(1) if "uncond" in prompt.context else None
         said = ("the unconditional context is all zeros: the foreground is the conditional half's",)
 
         def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
-            rows = guidance.rows(sigma)
+            rows, told = guidance.rows(sigma), self.placed(prompt, len(x))
+            silent = (told.context["uncond"] == 0).flatten(1).all(1) if "uncond" in rows else None
             recipe = guidance.segmentation(sigma) or (OFFICIAL if watched(sigma) and "uncond" in rows else None)
             pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
             out, kept = self.unet(
                 (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)),
-                torch.cat([prompt.context[row] for row in rows]),
-                self.vector(prompt, rows, factor * x.shape[2], factor * x.shape[3]),
+                torch.cat([told.context[row] for row in rows]),
+                self.vector(told, rows, factor * x.shape[2], factor * x.shape[3]),
                 map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete)
             by_row = dict(zip(rows, out.float().chunk(len(rows))))
             completed = [recipe.complete(block) for block in kept] if recipe and maps else kept
@@ -140,6 +154,15 @@ class Diffusion:
         """The noise levels native to the family, or else usual for the sampler."""
         return self.config.spacing or ("leading" if sampler == "ddim" else "linspace")
 
+    def sigmas(self, sampler: str, spacing: Spacing | None, steps: int, refiner: Refiner | None = None) -> list[float]:
+        """The noise levels of a run, with a warning where they start far from noise or leave a refiner nothing to do."""
+        levels = spaced_sigmas(spacing or self.spacing(sampler), steps, drop_lowest=sampler in MULTISTEP)
+        if levels[0] < SIGMAS[-1] / 5:
+            warnings.warn(f"{steps} such steps start at sigma {levels[0]:.2g}, far from pure noise: take more, or trailing", stacklevel=3)
+        if refiner and time_of(levels[-2]) >= handover(refiner.start):
+            warnings.warn(f"the refiner never takes over: none of the {steps} steps lies in its share of the timesteps", stacklevel=3)
+        return levels
+
     def sample(self, prompt: Prompt, guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
                spacing: Spacing | None = None, steps: int = 30, size: tuple[int, int] | None = None,
                seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float | None = None,
@@ -151,15 +174,15 @@ class Diffusion:
         samplers that have it (default: the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
         A prompt of one picture serves any number of seeds.
         """
-        self.check(sampler, eta, refiner)
+        self.check(sampler, steps, eta, refiner)
         if self.config.aesthetic and latent is None:
             warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "
                           "give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
-        sigmas = spaced_sigmas(spacing or self.spacing(sampler), steps, drop_lowest=sampler in MULTISTEP)
+        sigmas = self.sigmas(sampler, spacing, steps, refiner)
         batch = len(prompt.context["cond"] if latent is None else latent)
         seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
-        if latent is not None and len(latent) != len(seeds):
-            raise BadInput(f"{len(latent)} latents for {len(seeds)} pictures: give one for each seed")
+        if not seeds or batch != len(seeds) and (batch > 1 or latent is not None):
+            raise BadInput(f"{batch} {'prompts' if latent is None else 'latents'} for {len(seeds)} pictures: give one for each")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape = self.latent_shape(size or self.config.size) if latent is None else latent.shape[1:]
 
@@ -168,11 +191,10 @@ class Diffusion:
 
         x = (noise() if latent is None else latent.to(self.device, torch.float32)) * math.sqrt(sigmas[0] ** 2 + 1)
         watched = {sigmas[i] for i in watch if i < steps}.__contains__
-        denoise = self.denoiser(prompt.placed(len(seeds), self.device, self.dtype), guidance, watched, maps)
+        denoise = self.denoiser(self.placed(prompt, len(seeds)), guidance, watched, maps)
         if refiner:
-            model, words, start = refiner
-            late = model.denoiser(words.placed(len(seeds), model.device, model.dtype), guidance, watched, maps)
-            denoise = handed_over(denoise, late, start)
+            told = refiner.model.placed(refiner.prompt, len(seeds))
+            denoise = handed_over(denoise, refiner.model.denoiser(told, guidance, watched, maps), refiner.start)
         run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({} if eta is None else {"eta": eta}))
         for i in range(steps):
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
@@ -181,10 +203,12 @@ class Diffusion:
                 raise FloatingPointError(f"step {i + 1} of {steps} is not finite in {self.dtype}: try --dtype float32 or another checkpoint")
             yield Step(i, steps, sigmas[i], x / math.sqrt(sigmas[i + 1] ** 2 + 1), denoised)
 
-    def check(self, sampler: str, eta: float | None, refiner: Refiner | None) -> None:
+    def check(self, sampler: str, steps: int, eta: float | None, refiner: Refiner | None) -> None:
         """Refuse what cannot be, and say what is unusual."""
         if sampler not in SAMPLERS:
             raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
+        if not 1 <= steps <= 1000:
+            raise BadInput(f"steps are 1 to 1000, as many as the training's, not {steps}")
         if eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler]).parameters:
             raise BadInput(f"eta is the share of fresh noise; {sampler} adds none")
         if eta is not None and not 0 <= eta <= 1:
@@ -265,7 +289,7 @@ def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dt
             warnings.warn(f"an SD 2.x file does not say what it predicts: taken as {found}, by its answer to pure noise; "
                           "--prediction says otherwise", stacklevel=2)
         elif found != prediction:
-            warnings.warn(f"prediction {prediction} was asked for, but by its answer to pure noise this network predicts {found}", stacklevel=2)
+            warnings.warn(f"prediction {prediction} was asked for, but this network answers pure noise as one of {found}", stacklevel=2)
         prediction = prediction or found
         config = replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if prediction == "eps" else config
     return Diffusion(replace(config, prediction=prediction or config.prediction), unet, first_stage, text)

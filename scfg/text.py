@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +34,6 @@ class Prompt:
     context: dict[str, Tensor]                        # "uncond" and "cond", each (b t d)
     pooled: dict[str, Tensor] = field(default_factory=dict)       # the same rows (b p): the whole text, for XL
     words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
-
-    def placed(self, count: int, device: torch.device, dtype: torch.dtype) -> "Prompt":
-        """The same for `count` pictures, which it must be of unless it is of one, where and as a network wants it."""
-        if len(self.context["cond"]) not in (1, count) or not count:
-            raise BadInput(f"{len(self.context['cond'])} prompts for {count} pictures: give one prompt, or one for each")
-
-        def place(rows):
-            return {row: state.to(device, dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
-        return replace(self, context=place(self.context), pooled=place(self.pooled))
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -82,6 +82,36 @@ def test_another_files_vae(tmp_path, tensors, tiny):
     assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
 
 
+def test_a_checkpoint_without_a_vae_takes_another_files(tmp_path, tensors, tiny):
+    bare = saved(tmp_path, {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}, "bare.safetensors")
+    with pytest.raises(scfg.BadInput, match="bare.safetensors: unknown architecture: .* it has no first_stage_model"):
+        scfg.load(bare)
+    model = scfg.load(bare, vae=DATA / "tiny_sd1.safetensors")
+    assert torch.equal(model.vae.quant_conv.weight, tiny.vae.quant_conv.weight)
+
+
+def test_broken_vae_files_are_named_and_not_the_checkpoint(tmp_path, tensors):
+    vae = checkpoint.part(tensors, checkpoint.FIRST_STAGE)
+    for i, (change, message) in enumerate([
+            ({"decoder.conv_out.bias": None}, "holds no whole VAE: missing decoder.conv_out.bias"),
+            ({"decoder.conv_out.bias": torch.ones(5)}, r"holds no whole VAE: decoder.conv_out.bias is \[5\], not \[3\]"),
+            ({"encoder.conv_in.weight": torch.ones(0)}, "holds no VAE of Stable Diffusion's layout")]):
+        changed = {name: tensor for name, tensor in (vae | change).items() if tensor is not None}
+        with pytest.raises(scfg.BadInput, match=f"{i}.safetensors {message}"):
+            scfg.load(DATA / "tiny_sd1.safetensors", vae=saved(tmp_path, changed, f"{i}.safetensors"))
+
+
+def test_a_missing_tower_or_its_last_layers_are_named():
+    tensors = {key: tensor for key, tensor in published("sdxl").items() if not checkpoint.DROPPED.fullmatch(key)}
+    for i, tower in enumerate(SDXL.text):
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(tower.prefix)}
+        with pytest.raises(scfg.BadInput, match=f"its text tower {tower.prefix}.* is missing"):
+            checkpoint.assemble(Path("xl"), checkpoint.recognise(rest), rest, {}, torch.float16, None)
+        short = {key: tensor for key, tensor in tensors.items() if f"{('layers', 'resblocks')[i]}.{tower.layers - 1}." not in key}
+        with pytest.raises(scfg.BadInput, match=f"missing towers.{i}.transformer.encoder.layers.{tower.layers - 1}."):
+            checkpoint.assemble(Path("xl"), checkpoint.recognise(short), short, {}, torch.float16, None)
+
+
 def test_a_vae_of_another_family_is_named(tmp_path):
     xl = saved(tmp_path, families.original(replace(families.small(SDXL), text=())), "xl.safetensors")
     sixteen = families.original(families.small(replace(SD1, vae=VAEConfig(latent_channels=16))))

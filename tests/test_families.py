@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import error, seeded
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,7 @@ import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Prompt, Refiner
 from scfg.config import SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER
 from scfg.diffusion import seems_to_predict
-from scfg.text import read_tokenizer, vocabulary
+from scfg.text import Text, vocabulary
 from scfg.unet import UNet
 
 ALL = {"sd1": SD1, "sd2": SD2_V, "sdxl": SDXL, "sdxl_refiner": SDXL_REFINER}
@@ -91,7 +92,7 @@ def test_the_vector_is_pooled_text_and_sinusoids_of_sizes_or_score(load, name):
 def test_an_all_zero_unconditional_context_takes_its_foreground_from_the_other_half(load):
     model, x = load("sdxl"), seeded(2, 4, 16, 16)
     words = model.prompt(["cat dog", "dog"])
-    zeros = words.placed(2, model.device, model.dtype)
+    zeros = model.placed(words, 2)
     assert not zeros.context["uncond"].any() and not zeros.pooled["uncond"].any()
     found = model.denoiser(zeros, SCFG(5.0), maps=True)(x, 3.0, None)
     assert "all zeros" in found.notes[-1]
@@ -118,7 +119,51 @@ def test_the_refiner_takes_over_at_its_share_of_the_timesteps(load):
     with pytest.raises(scfg.BadInput, match="SD 1.x cannot refine what SDXL began"):
         next(base.sample(base.prompt("cat"), steps=1, size=(64, 64), refiner=Refiner(load("sd1"), load("sd1").prompt("cat"))))
     with pytest.raises(scfg.BadInput, match="3 prompts for 1 pictures"):
-        next(base.sample(base.prompt("cat"), steps=1, size=(64, 64), refiner=Refiner(refiner, refiner.prompt(["cat"] * 3))))
+        next(base.sample(base.prompt("cat"), steps=9, size=(64, 64), refiner=Refiner(refiner, refiner.prompt(["cat"] * 3))))
+
+
+def test_a_refiner_s_share_ends_where_diffusers_ends_it():
+    taken = scfg.diffusion.handed_over(lambda *_: "base", lambda *_: "refiner", 0.8)
+    assert [taken(None, scfg.noise.SIGMAS[t], None) for t in (999, 200, 199, 0)] == ["base", "base", "refiner", "refiner"]
+
+
+def test_runs_that_cannot_mean_what_was_asked_for_say_so(load):
+    base, refiner = load("sdxl"), load("sdxl_refiner")
+    with pytest.warns(UserWarning, match="the refiner never takes over: none of the 4 steps"):
+        base.sigmas("euler", None, 4, Refiner(refiner, refiner.prompt("cat")))
+    with pytest.warns(UserWarning, match="1 such steps start at sigma 0.0"):
+        load("sd1").sigmas("euler", None, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base.sigmas("euler", None, 5, Refiner(refiner, refiner.prompt("cat")))
+
+
+def test_one_prompt_serves_any_number_of_pictures_also_in_a_bare_step(load):
+    for name in ("sd1", "sdxl"):
+        model, x = load(name), seeded(2, 4, 8, 8)
+        one, two = model.prompt("cat", "dog"), model.prompt(["cat", "cat"], "dog")
+        assert error(model.denoiser(one, CFG(5.0))(x, 3.0, None).x0, model.denoiser(two, CFG(5.0))(x, 3.0, None).x0) < 1e-5
+        with pytest.raises(scfg.BadInput, match="2 prompts for 3 pictures"):
+            model.denoiser(two, CFG(5.0))(seeded(3, 4, 8, 8), 3.0, None)
+
+
+@pytest.mark.parametrize("tower, activation, pad, skip, norm, pooled", [
+    (SD1.text[0], "quick_gelu", 49407, 1, True, False), (SD2_V.text[0], "gelu", 0, 2, True, False),
+    (SDXL.text[0], "quick_gelu", 49407, 2, False, False), (SDXL.text[1], "gelu", 0, 2, False, True),
+    (SDXL_REFINER.text[0], "gelu", 0, 2, False, True)])
+def test_what_towers_are_asked_for_is_what_their_families_were_trained_on(tower, activation, pad, skip, norm, pooled):
+    """Each family's facts written out, and its states computed from them with transformers' own module."""
+    torch.manual_seed(0)
+    text = Text([replace(tower, width=64, heads=1, layers=3, pooled=32 * bool(tower.pooled))]).eval()
+    clip, ids = text.towers[0].transformer, torch.tensor([[49406, 320, 2368, 49407] + [pad] * 73])
+    states, whole = text.encode([[49406, 320, 2368, 49407]], torch.device("cpu"))
+    assert clip.config.hidden_act == activation
+    found = clip(ids, output_hidden_states=True)
+    expected = found.hidden_states[3 - skip + 1]
+    assert torch.equal(states, clip.final_layer_norm(expected) if norm else expected)
+    assert (whole is not None) == pooled
+    if pooled:
+        assert torch.allclose(whole, found.last_hidden_state[:, 3] @ text.towers[0].text_projection.weight.T, atol=1e-5)
 
 
 def test_the_script_runs_base_and_refiner_and_says_what_it_runs(files, tmp_path, capsys):
@@ -132,6 +177,8 @@ def test_the_script_runs_base_and_refiner_and_says_what_it_runs(files, tmp_path,
     assert "note, in 2 of 3 steps: the unconditional context is all zeros" in said                # the refiner's is not
     others = [sample.run(sample.parse([*words, *more])) for more in (
         ["--clip-skip", "1"], ["--negative", "dog"], ["--sampler", "euler_ancestral"], ["--sampler", "euler_ancestral", "--eta", "0.5"])]
+    facts = [Image.open(path).text["parameters"] for path in sorted(tmp_path.glob("*-0.png"))]
+    assert "Refiner: sdxl_refiner, Refiner switch at: 0.5" in facts[1] and "Clip skip: 1" in facts[2] and "Eta: 0.5" in facts[5]
     pictures = [alone, refined, *others]
     assert all(error(a, b) > 1e-5 for a, b in itertools.combinations(pictures, 2)) and alone.shape == (1, 4, 12, 8)
 
@@ -141,10 +188,10 @@ def test_unusual_uses_are_named(load, files):
     with pytest.warns(UserWarning, match="the SDXL refiner finishes what SDXL began"):
         next(refiner.sample(refiner.prompt("cat"), CFG(5.0), steps=1, size=(64, 64)))
     with pytest.warns(UserWarning, match="SDXL is no refiner"):
-        next(base.sample(base.prompt("cat"), CFG(5.0), steps=1, size=(64, 64), refiner=Refiner(base, base.prompt("cat"))))
+        next(base.sample(base.prompt("cat"), CFG(5.0), steps=9, size=(64, 64), refiner=Refiner(base, base.prompt("cat"))))
     with pytest.warns(UserWarning, match="does not say what it predicts: taken as v"):
         assert scfg.load(files / "sd2.safetensors").config.prediction == "v"
-    with pytest.warns(UserWarning, match="prediction eps was asked for, but .* predicts v"):
+    with pytest.warns(UserWarning, match="prediction eps was asked for, but .* as one of v"):
         config = scfg.load(files / "sd2.safetensors", prediction="eps").config
     assert (config.prediction, config.name, config.size) == ("eps", "SD 2.x base", (512, 512))
     with pytest.raises(scfg.BadInput, match="prediction is eps or v, not 'x0'"):
