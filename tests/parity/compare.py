@@ -1,7 +1,9 @@
-"""scfg's models of the small files, seeded noise, and the one measure of error."""
+"""scfg's models of the small files, seeded noise, the one measure of error, and the fixture that every test module imports."""
 
 from functools import cache
+from typing import Iterator
 
+import pytest
 import torch
 from small import reference
 from torch import Tensor
@@ -27,3 +29,10 @@ def close(ours: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     assert ours.shape == expected.shape
     error, largest = float((ours.double() - expected.double()).abs().max()), float(expected.abs().max())
     assert error <= tolerance * largest, f"error {error:.2e} where the largest value is {largest:.2e}"
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """Run every test of the importing module without gradients."""
+    with torch.no_grad():
+        yield

@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (  # noqa: E402
     convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint)
 
 import scfg  # noqa: E402
-from compare import TEXT, close, model, normal  # noqa: E402
+from compare import TEXT, close, model, no_gradients, normal  # noqa: E402, F401
 from original import vae as autoencoder  # noqa: E402
 from small import FAMILIES, reference  # noqa: E402
 

@@ -10,7 +10,7 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import sample  # noqa: E402
-from compare import TEXT, close, normal  # noqa: E402
+from compare import TEXT, close, no_gradients, normal  # noqa: E402, F401
 from schedulers import scheduler  # noqa: E402
 from small import reference  # noqa: E402
 

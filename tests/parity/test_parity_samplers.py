@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import scfg  # noqa: E402
-from compare import close, model, normal  # noqa: E402
+from compare import close, model, no_gradients, normal  # noqa: E402, F401
 from schedulers import scheduler  # noqa: E402
 from small import NARROW, reference  # noqa: E402
 
