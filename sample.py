@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import scfg
 from scfg.flatland import WORDS
+from scfg.guidance import NAMED
 from scfg.report import report, to_image
 
-GUIDANCE = {"scfg": scfg.SCFG, "scfg-paper": scfg.SCFG.paper, "scfg-mean": scfg.SCFG.mean, "cfg": scfg.CFG}
 SAMPLER_NAMES = {                                                 # as Stable Diffusion tools call them
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun",
     "unipc": "UniPC", "ddim": "DDIM"}
@@ -58,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
     add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
-    add("--guidance", choices=GUIDANCE, default="scfg",
+    add("--guidance", choices=NAMED, default="scfg",
         help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
@@ -162,7 +162,7 @@ def make(model: scfg.Diffusion, prompt: scfg.Prompt, refiner: scfg.Refiner | Non
          progress: tqdm) -> Made:
     """One batch of pictures, from noise to latent."""
     middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
-    guidance, scores, scale, notes = GUIDANCE[args.guidance](args.scale), 0, 0, Counter()
+    guidance, scores, scale, notes = NAMED[args.guidance](args.scale), 0, 0, Counter()
     for step in model.sample(prompt, guidance, args.sampler, args.spacing, args.steps, args.size, seeds, eta=args.eta,
                              refiner=refiner, watch=middle):
         denoised = step.denoised

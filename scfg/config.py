@@ -107,9 +107,8 @@ SDXL_REFINER = replace(
 
 FLATLAND = Config(                                    # latent_scale and vocabulary are filled in by its training
     "Flatland", prediction="v", latent_scale=1.0, map_divisor=1, size=(64, 64),
-    unet=UNetConfig(context_dim=128, model_channels=64, channel_mult=(1, 2), transformer_depth=(1, 1), res_blocks=1, heads=4,
-                    in_channels=8, out_channels=8),
-    vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), res_blocks=1, latent_channels=8),
+    unet=UNetConfig(context_dim=128, model_channels=64, channel_mult=(1, 2), transformer_depth=(1, 1), res_blocks=1, heads=2),
+    vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), res_blocks=1),
     text=(TextConfig(width=128, layers=2, heads=4, length=16),))
 
 FAMILIES = (SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER)

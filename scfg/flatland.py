@@ -1,4 +1,7 @@
-"""Flatland: a toy world of flat icons on plain grounds, with captions and exact masks, all drawn from a seed."""
+"""Flatland: a toy world of flat icons on plain grounds, with captions and exact masks, all drawn from a seed.
+
+Some compositions are kept from training, so that it can be measured what a model makes of what it never saw.
+"""
 
 from math import cos, pi, radians, sin
 from typing import NamedTuple
@@ -147,6 +150,16 @@ ICONS: dict[str, list[Part]] = {
 }
 OBJECTS: tuple[str, ...] = tuple(ICONS)
 PHRASES = [phrase for phrase, _, _ in BACKGROUNDS.values()]
+# Kept from training: a tenth of the (object, colour) kinds, and a tenth of the pairs of two different objects.
+UNSEEN_KINDS: frozenset[tuple[str, str]] = frozenset({
+    ("ball", "purple"), ("box", "pink"), ("star", "green"), ("heart", "blue"), ("moon", "red"), ("ring", "white"),
+    ("house", "orange"), ("tree", "yellow"), ("fish", "pink"), ("mushroom", "blue"), ("cup", "green"), ("car", "purple"),
+    ("flower", "white"),
+})
+UNSEEN_PAIRS: frozenset[frozenset[str]] = frozenset(frozenset(pair) for pair in (
+    ("car", "star"), ("ball", "tree"), ("house", "moon"), ("fish", "boat"), ("cup", "key"), ("heart", "flower"),
+    ("ring", "kite"), ("mushroom", "box"), ("car", "fish"), ("star", "cup"), ("boat", "kite"), ("tree", "key"),
+))
 WORDS: tuple[str, ...] = tuple(sorted({"a", "an", *OBJECTS, *COLOURS, *" ".join([*RELATIONS, *PHRASES]).split()}))
 
 
@@ -169,15 +182,28 @@ class Scene(NamedTuple):
     seed: int
 
     @property
+    def seen(self) -> bool:
+        """Whether training shows scenes of this composition."""
+        kinds = {(thing.name, thing.colour) for thing in self.things}
+        return not kinds & UNSEEN_KINDS and frozenset(thing.name for thing in self.things) not in UNSEEN_PAIRS
+
+    @property
     def caption(self) -> str:
         """For example "a red car left of an orange star on grass"."""
         nouns = [f"{'an' if thing.colour[0] in 'aeiou' else 'a'} {thing.colour} {thing.name}" for thing in self.things]
         return " ".join([f" {self.relation} ".join(nouns), BACKGROUNDS[self.background][0]])
 
 
-def compose(seed: int) -> Scene:
-    """The scene of this seed."""
+def compose(seed: int, seen: bool = True) -> Scene:
+    """The scene of this seed, of a composition that training shows, or of one that it does not."""
     rng = np.random.default_rng(seed)
+    while (scene := draw(rng, seed)).seen != seen:
+        pass
+    return scene
+
+
+def draw(rng: np.random.Generator, seed: int) -> Scene:
+    """Any scene, the next of this generator."""
     background = str(rng.choice(list(BACKGROUNDS)))
     kinds = [(name, colour) for name in OBJECTS for colour in COLOURS]
     first, second = (kinds[i] for i in rng.choice(len(kinds), 2, replace=False))

@@ -81,6 +81,7 @@ def masked_mean(values: Tensor, masks: Tensor) -> Tensor:
 
 
 ScaleRule = CFG | SCFG
+NAMED: dict[str, Callable[[float], ScaleRule]] = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "cfg": CFG}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
+from itertools import combinations
+
 import numpy as np
-import pytest
 
 from scfg import flatland
 
@@ -41,7 +42,15 @@ def test_masks_cover_the_objects_and_nothing_else():
             assert named > 0.45, (seed, thing)
 
 
-@pytest.mark.parametrize("kind", ["name", "colour"])
-def test_every_thing_comes_in_every_colour(kind):
-    things = [thing for seed in range(4000) for thing in flatland.compose(seed).things]
-    assert len({(thing.name, thing.colour) for thing in things}) == len(flatland.OBJECTS) * len(flatland.COLOURS)
+def test_training_sees_every_composition_but_those_kept_from_it():
+    seen, unseen = [flatland.compose(seed) for seed in range(6000)], [flatland.compose(seed, seen=False) for seed in range(1000)]
+    kinds = {(name, colour) for name in flatland.OBJECTS for colour in flatland.COLOURS}
+    pairs = {frozenset(pair) for pair in combinations(flatland.OBJECTS, 2)}
+    assert flatland.UNSEEN_KINDS <= kinds and flatland.UNSEEN_PAIRS <= pairs
+    assert len(flatland.UNSEEN_KINDS) == round(len(kinds) / 10) and len(flatland.UNSEEN_PAIRS) == len(pairs) // 10
+    assert {(thing.name, thing.colour) for scene in seen for thing in scene.things} == kinds - flatland.UNSEEN_KINDS
+    assert {frozenset(t.name for t in scene.things) for scene in seen if scene.relation} >= pairs - flatland.UNSEEN_PAIRS
+    for scene in seen + unseen:
+        new = {(t.name, t.colour) for t in scene.things} & flatland.UNSEEN_KINDS or frozenset(t.name for t in scene.things) in flatland.UNSEEN_PAIRS
+        assert scene.seen == (not new)
+    assert all(scene.seen for scene in seen) and not any(scene.seen for scene in unseen)

@@ -12,7 +12,7 @@ import scfg
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-OURS = [*sorted((ROOT / "scfg").glob("*.py")), ROOT / "sample.py", ROOT / "weights" / "train.py"]
+OURS = [*sorted((ROOT / "scfg").rglob("*.py")), ROOT / "sample.py", ROOT / "weights" / "train.py"]
 
 
 def test_a_denoise_step_visits_few_files_and_functions():

@@ -1,8 +1,7 @@
-"""Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `unet`, then `export`. Every phase resumes."""
+"""Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `judge`, `unet` and `export`. Every phase resumes."""
 import argparse
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,13 @@ import torch
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm, trange
 from transformers import CLIPTokenizer
 
 from scfg import flatland, noise
 from scfg.config import FLATLAND, Config
+from scfg.evaluate.judge import SIDE, Judge
 from scfg.text import Text, vocabulary
 from scfg.unet import UNet
 from scfg.vae import VAE
@@ -24,7 +25,8 @@ HERE = Path(__file__).parent
 RUN = HERE / "run"                                    # rendered scenes and unfinished trainings
 SAVE_EVERY = 200
 EMPTY_SHARE = 0.1                                     # captions replaced by the empty prompt, for guidance
-KL_WEIGHT = 1e-4
+UNSEEN_SCENES = 4096                                  # which only the judge is shown
+KL_WEIGHT = 1e-3
 
 
 def world_merges() -> list[tuple[str, str]]:
@@ -46,14 +48,20 @@ def world_config() -> Config:
     return replace(FLATLAND, text=(replace(FLATLAND.text[0], vocabulary=len(vocabulary(world_merges()))),))
 
 
-def scenes(count: int) -> np.ndarray:
-    """Pictures (count h w 3) uint8 of the scenes 0 .. count - 1, rendered once and kept."""
-    path = RUN / f"scenes-{count}.npy"
-    if not path.exists():
-        width, height = FLATLAND.size
-        pictures = np.stack([flatland.render(flatland.compose(seed), (width, height))[0] for seed in trange(count, desc="scenes")])
-        np.save(path, pictures)
-    return np.load(path, mmap_mode="r")
+def scenes(count: int, seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (count h w 3) of the scenes 0 .. count - 1 and what stands where (count h w): 0, or 1 + 8 * object + colour; both uint8."""
+    paths = [RUN / f"{kind}-{'seen' if seen else 'unseen'}-{count}.npy" for kind in ("pictures", "things")]
+    if not paths[1].exists():
+        pictures, things = [], []
+        for seed in trange(count, desc="scenes"):
+            scene = flatland.compose(seed, seen)
+            picture, masks = flatland.render(scene, FLATLAND.size)
+            labels = [1 + 8 * flatland.OBJECTS.index(t.name) + list(flatland.COLOURS).index(t.colour) for t in scene.things]
+            pictures.append(picture)
+            things.append(sum(label * mask for label, mask in zip(labels, masks)).astype(np.uint8))
+        for path, values in zip(paths, (pictures, things)):
+            np.save(path, np.stack(values))
+    return tuple(np.load(path, mmap_mode="r") for path in paths)
 
 
 def to_image(pictures: np.ndarray, device: str) -> Tensor:
@@ -65,6 +73,32 @@ def start_as_identity(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("conv2.", "proj_out.", "out_layers.3.", "to_out.0.", "ff.net.2.")):
             nn.init.zeros_(parameter)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Nearly U V^T of the matrix U S V^T, by five steps of a quintic Newton-Schulz iteration."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalised updates (Jordan et al. 2024), scaled as in 2502.16982; kernels are flattened to matrices."""
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                matrix = parameter.grad.lerp(momentum, 0.95).flatten(1)
+                size = 0.2 * max(matrix.shape) ** 0.5 * group["lr"]
+                parameter.sub_(size * orthogonalised(matrix).view_as(parameter))
 
 
 class Average:
@@ -82,36 +116,44 @@ class Average:
 
 
 def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, float], Tensor], steps: int, rate: float) -> None:
-    """Minimise loss_of(random generator, share done) with Adam, a warm-up and a cosine; keeps an average of the parameters."""
+    """Minimise loss_of(random generator, share done); keeps an average of the parameters.
+
+    The rate falls in the last quarter of the steps only, so that a training can be made longer before it gets there.
+    """
     path = RUN / f"{name}.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    is_matrix = {name: p.ndim > 1 and "embedding" not in name for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
+    others = [p for name, p in model.named_parameters() if not is_matrix[name]]
+    optimizers = [Muon(matrices, rate), torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0)]
     average, first = Average(model), 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         average.values, average.updates, first = state["average"], state["step"], state["step"]
     progress, smooth = trange(first, steps, initial=first, total=steps, desc=name), None
     for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * min(1, (step + 1) / 100, (steps - step) / (steps / 4))
         loss = loss_of(np.random.default_rng([1, step]), step / steps)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         average.update(model)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values,
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "average": average.values,
                         "step": step + 1}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
 
 
 def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -> None:
     torch.manual_seed(0)
-    pictures, vae = scenes(count), VAE(config.vae).to(device)
+    pictures, vae = scenes(count)[0], VAE(config.vae).to(device)
     start_as_identity(vae)
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
@@ -121,7 +163,7 @@ def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return error.square().mean() + min(1, 4 * done) * error.abs().mean() + KL_WEIGHT * divergence   # L1 alone greys colours
 
-    train("vae", vae, loss_of, steps, 1e-3)
+    train("vae", vae, loss_of, steps, 8e-3)
     for stale in RUN.glob("latents-*.pt"):
         stale.unlink()
 
@@ -137,10 +179,39 @@ def latents(config: Config, count: int, device: str) -> Tensor:
     """Unscaled latents (count c h w) of the training scenes, encoded once and kept."""
     path = RUN / f"latents-{count}.pt"
     if not path.exists():
-        vae, pictures = trained_vae(config, device), scenes(count)
+        vae, pictures = trained_vae(config, device), scenes(count)[0]
         parts = [vae.encode(to_image(pictures[i:i + 32], device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
         torch.save(torch.cat(parts), path)
     return torch.load(path, weights_only=True)
+
+
+def train_judge(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+    """Half of the pictures as drawn, of either kind of composition; half decoded from latents with some noise, as samples have it."""
+    torch.manual_seed(0)
+    drawn, z, vae = [scenes(count), scenes(UNSEEN_SCENES, seen=False)], latents(config, count, device), trained_vae(config, device)
+    backgrounds = [torch.tensor([list(flatland.BACKGROUNDS).index(flatland.compose(seed, seen).background) for seed in trange(len(some[0]))])
+                   for seen, some in zip((True, False), drawn)]
+    model, noise_of, every = Judge().to(device), z.std(), FLATLAND.size[0] // SIDE
+
+    @torch.no_grad()
+    def batch_of(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = [np.sort(rng.choice(len(pictures), batch // k, replace=False)) for k, (pictures, _) in zip((2, 4, 4), (drawn[0], *drawn))]
+        decoded = z[chosen[0]] + noise_of * torch.from_numpy(rng.uniform(0, 0.3, (batch // 2, 1, 1, 1))) * torch.randn(z[chosen[0]].shape)
+        seen = [to_image(pictures[c], device) for c, (pictures, _) in zip(chosen[1:], drawn)]
+        pictures = torch.cat([vae.decode(decoded.float().to(device)), *seen]).clamp(-1, 1)
+        things = np.concatenate([labels[c] for c, (_, labels) in zip(chosen, (drawn[0], *drawn))])[:, ::every, ::every]
+        background = torch.cat([values[c] for c, values in zip(chosen, (backgrounds[0], *backgrounds))])
+        pictures = F.interpolate(pictures / 2 + 0.5, size=(SIDE, SIDE), mode="area")
+        return pictures, torch.from_numpy(things).long().to(device), background.to(device)
+
+    def loss_of(rng: np.random.Generator, done: float) -> Tensor:
+        pictures, things, background = batch_of(rng)
+        objects, colours, backgrounds = model(pictures)
+        something = things > 0
+        return (F.cross_entropy(objects, torch.where(something, (things - 1) // 8 + 1, 0))
+                + F.cross_entropy(colours, torch.where(something, (things - 1) % 8, -100)) + F.cross_entropy(backgrounds, background))
+
+    train("judge", model, loss_of, steps, 4e-3)
 
 
 class Denoiser(nn.Module):
@@ -172,7 +243,7 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
         x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
         return (model.unet(x, t.to(device), model.text.encode(ids, device)[0])[0] - v).square().mean()
 
-    train("unet", model, loss_of, steps, 6e-4)
+    train("unet", model, loss_of, steps, 4e-3)
 
 
 def export(config: Config, count: int) -> None:
@@ -189,30 +260,31 @@ def export(config: Config, count: int) -> None:
     config = replace(config, latent_scale=1 / latents(config, count, "cpu").std().item())
     merges = world_merges()
     metadata = {"scfg.config": config.to_dict(), "scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}
-    path = HERE / "flatland.safetensors"
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, path, {k: json.dumps(v) for k, v in metadata.items()})
-    tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, HERE / "flatland.safetensors", {k: json.dumps(v) for k, v in metadata.items()})
+    judge = torch.load(RUN / "judge.pt", weights_only=True)["average"]
+    save_file({k: v.half().contiguous() for k, v in judge.items()}, HERE / "judge.safetensors")
+    for path in (HERE / "flatland.safetensors", HERE / "judge.safetensors"):
+        tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=["vae", "unet", "export"])
-    parser.add_argument("--steps", type=int, help="of the whole training (default: 3000 for vae, 4000 for unet)")
-    parser.add_argument("--batch", type=int, help="(default: 8 for vae, 32 for unet)")
+    parser.add_argument("phase", choices=["vae", "judge", "unet", "export"])
+    parser.add_argument("--steps", type=int, help="of the whole training (default: 1400 for vae, 1000 for judge, 6000 for unet)")
+    parser.add_argument("--batch", type=int, help="(default: 8 for vae, 32 for the others)")
     parser.add_argument("--scenes", type=int, default=16384, help="scenes to train on (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     RUN.mkdir(exist_ok=True)
-    for before in {"vae": (), "unet": ("vae",), "export": ("vae", "unet")}[args.phase]:
+    for before in {"vae": (), "judge": ("vae",), "unet": ("vae",), "export": ("vae", "judge", "unet")}[args.phase]:
         if not (RUN / f"{before}.pt").exists():
             parser.error(f"{args.phase} needs what {before} leaves in {RUN}: run that phase first")
     config = world_config()
-    if args.phase == "vae":
-        train_vae(config, args.steps or 3000, args.scenes, args.batch or 8, args.device)
-    elif args.phase == "unet":
-        train_unet(config, args.steps or 4000, args.scenes, args.batch or 32, args.device)
-    else:
+    if args.phase == "export":
         export(config, args.scenes)
+    else:
+        phase, steps, batch = {"vae": (train_vae, 1400, 8), "judge": (train_judge, 1000, 32), "unet": (train_unet, 6000, 32)}[args.phase]
+        phase(config, args.steps or steps, args.scenes, args.batch or batch, args.device)
 
 
 if __name__ == "__main__":
