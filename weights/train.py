@@ -180,7 +180,7 @@ def latents(config: Config, count: int, device: str) -> Tensor:
     path = RUN / f"latents-{count}.pt"
     if not path.exists():
         vae, pictures = trained_vae(config, device), scenes(count)[0]
-        parts = [vae.encode(to_image(pictures[i:i + 32], device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
+        parts = [vae.encode(to_image(np.array(pictures[i:i + 32]), device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
         torch.save(torch.cat(parts), path)
     return torch.load(path, weights_only=True)
 
