@@ -243,7 +243,7 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
         x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
         return (model.unet(x, t.to(device), model.text.encode(ids, device)[0])[0] - v).square().mean()
 
-    train("unet", model, loss_of, steps, 4e-3)
+    train("unet", model, loss_of, steps, 8e-3)
 
 
 def export(config: Config, count: int) -> None:
