@@ -62,24 +62,30 @@ def coloured(values: np.ndarray, low: float, high: float) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
-def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str) -> Image.Image:
-    """One sheet: the picture, its regions (scores (t h w)) with their names, the scale map (h w) with its colour bar."""
-    zoom = PANEL / max(image.size)
-    width, height = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
-    areas, values = named_areas(scores, words), scale.cpu().numpy().astype(float)
-    paint = np.zeros((*scores.shape[-2:], 3), np.uint8)
+def panels(image: Image.Image, areas: Sequence[Area], scale: np.ndarray, longer: int = PANEL) -> tuple[Image.Image, Image.Image, Image.Image]:
+    """The picture, its areas over it, and the scale map (h w), each with a longer side of that many pixels."""
+    zoom = longer / max(image.size)
+    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
+    paint = np.zeros((*areas[0].mask.shape, 3), np.uint8)
     for area in areas:
         paint[area.mask] = area.colour
-    shown = enlarged(image.convert("RGB"), (width, height))
-    regions = Image.blend(shown, Image.fromarray(paint).resize((width, height), Image.Resampling.NEAREST), 0.65)
-    scales = coloured(values, values.min(), values.max()).resize((width, height), Image.Resampling.NEAREST)
+    shown = enlarged(image.convert("RGB"), size)
+    regions = Image.blend(shown, Image.fromarray(paint).resize(size, Image.Resampling.NEAREST), 0.65)
+    return shown, regions, coloured(scale, scale.min(), scale.max()).resize(size, Image.Resampling.NEAREST)
+
+
+def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str) -> Image.Image:
+    """One sheet: the picture, its regions (scores (t h w)) with their names, the scale map (h w) with its colour bar."""
+    areas, values = named_areas(scores, words), scale.cpu().numpy().astype(float)
+    drawn = panels(image, areas, values)
+    width, height = drawn[0].size
 
     top, wide = MARGIN + 2 * LINE, max(width, 200)
     sheet = Image.new("RGB", (4 * MARGIN + 3 * wide, top + height + MARGIN + max(2, len(areas)) * LINE + MARGIN), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     draw.text((MARGIN, MARGIN - 4), title, INK, font)
     lefts = [MARGIN + i * (wide + MARGIN) for i in range(3)]
-    for left, panel, caption in zip(lefts, (shown, regions, scales), ("picture", "regions, mean of the middle steps", "guidance scale, mean")):
+    for left, panel, caption in zip(lefts, drawn, ("picture", "regions, mean of the middle steps", "guidance scale, mean")):
         sheet.paste(panel, (left, top))
         draw.text((left, top - LINE), caption, FAINT, font)
     for i, area in enumerate(sorted(areas, key=lambda area: -area.mask.mean())):
