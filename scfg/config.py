@@ -106,7 +106,7 @@ SDXL_REFINER = replace(
                     head_channels=64, linear_projections=True, vector_dim=2560))
 
 FLATLAND = Config(                                    # latent_scale and vocabulary are filled in by its training
-    "Flatland", prediction="v", latent_scale=1.0, map_divisor=1, size=(64, 64),
+    "Flatland", prediction="v", latent_scale=1.0, map_divisor=1, size=(64, 64), scale=3.0,
     unet=UNetConfig(context_dim=128, model_channels=64, channel_mult=(1, 2), transformer_depth=(1, 1), res_blocks=1, heads=2),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), res_blocks=1),
     text=(TextConfig(width=128, layers=2, heads=4, length=16),))

@@ -36,7 +36,9 @@ def drawn(scenes: list[Scene]) -> torch.Tensor:
 def test_the_judge_reads_drawn_scenes(judge, held_out):
     readings = judge.read(drawn(held_out))
     verdicts = [verdict(scene, reading) for scene, reading in zip(held_out, readings)]
-    assert sum(v.whole for v in verdicts) >= 0.99 * len(held_out)
+    for seen in (True, False):
+        right = [v.whole for scene, v in zip(held_out, verdicts) if scene.seen == seen]
+        assert len(right) >= 128 and sum(right) >= 0.99 * len(right)
     overlaps = [max(segmentation.iou(thing.mask, torch.from_numpy(truth)) for truth in render(scene)[1])
                 for scene, reading in zip(held_out, readings) for thing in reading.things]
     assert sum(overlaps) / len(overlaps) > 0.9 and embedded_checkpoint().with_name("judge.safetensors").stat().st_size < 4e6
@@ -45,7 +47,10 @@ def test_the_judge_reads_drawn_scenes(judge, held_out):
 def test_the_judge_reads_what_the_autoencoder_leaves(judge, held_out, flat):
     with torch.no_grad():
         decoded = torch.cat([flat.decode(flat.encode(some)) for some in drawn(held_out).split(32)])
-    assert sum(v.whole for v in judged(judge, held_out, decoded)) >= 0.98 * len(held_out)
+    verdicts = judged(judge, held_out, decoded)
+    for seen in (True, False):
+        right = [v.whole for scene, v in zip(held_out, verdicts) if scene.seen == seen]
+        assert sum(right) >= 0.98 * len(right)
     error = (decoded - drawn(held_out)).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 24                                  # PSNR in dB
 
@@ -54,18 +59,28 @@ def test_a_verdict_names_what_is_wrong(judge):
     scene = next(scene for scene in map(compose, range(HELD_OUT, HELD_OUT + 50)) if scene.relation)
     reading, = judge.read(drawn([scene]))
     first, second = scene.things
-    assert verdict(scene, reading) == ((True, True), (True, True), True, True, True)
-    assert verdict(scene._replace(background="snow" if scene.background == "sand" else "sand"), reading)[2:] == (False, True, False)
+    assert verdict(scene, reading) == ((True, True), (True, True), True, True, True, True)
+    assert verdict(scene._replace(background="snow" if scene.background == "sand" else "sand"), reading)[2:] == (False, True, True, False)
     colour = next(c for c in ("red", "blue", "white") if c not in (first.colour, second.colour))
-    assert verdict(scene._replace(things=(first._replace(colour=colour), second)), reading) == ((True, True), (False, True), True, True, False)
+    assert verdict(scene._replace(things=(first._replace(colour=colour), second)), reading) == ((True, True), (False, True), True, True, True, False)
     name = next(n for n in ("car", "star", "key") if n not in (first.name, second.name))
-    assert verdict(scene._replace(things=(first, second._replace(name=name))), reading) == ((True, False), (True, True), True, True, False)
+    assert verdict(scene._replace(things=(first, second._replace(name=name))), reading) == ((True, False), (True, True), True, True, True, False)
     for relation in set(RELATIONS) - {scene.relation}:
-        assert verdict(scene._replace(relation=relation), reading)[3:] == (False, False)
+        assert verdict(scene._replace(relation=relation), reading)[3:] == (False, True, False)
     alone = verdict(scene._replace(things=(first,), relation=None), reading)
-    assert alone == ((True,), (True,), True, None, False)                     # a thing too many
+    assert alone == ((True,), (True,), True, None, False, False)              # a thing too many
     empty = verdict(scene, reading._replace(things=()))
-    assert empty == ((False, False), (False, False), True, False, False)
+    assert empty == ((False, False), (False, False), True, False, False, False)
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_swapped_colours_are_wrong_colours_wherever_the_things_stand(judge, relation):
+    scene = next(scene for scene in map(compose, range(HELD_OUT, HELD_OUT + 500)) if scene.relation == relation
+                 and len({thing.colour for thing in scene.things}) == len({thing.name for thing in scene.things}) == 2)
+    first, second = scene.things
+    painted = scene._replace(things=(first._replace(colour=second.colour), second._replace(colour=first.colour)))
+    reading, = judge.read(drawn([painted]))
+    assert verdict(scene, reading) == ((True, True), (False, False), True, True, True, False)
 
 
 def test_pieces_are_connected():
@@ -87,8 +102,9 @@ def test_pieces_are_connected():
 
 
 def test_intervals_are_wilsons():
-    assert Share(8, 10).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert Share(0, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert Share(8, 10, 10).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert Share(0, 10, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert Share(16, 20, 10).interval == Share(8, 10, 10).interval            # two things of a picture are one trial
 
 
 def test_perfect_regions_score_the_ceiling(flat):
@@ -124,13 +140,14 @@ def test_the_command_writes_a_table_figures_and_a_sheet_and_goes_on(tmp_path):
     first = command(*words)
     assert first.returncode == 0, first.stderr
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
-    assert len(made) == 2 and "whole captions" in first.stdout and (tmp_path / "flatland-cfg-3.0-2-dpmpp_2m.png").exists()
-    figures = json.loads((tmp_path / "flatland-cfg-3.0-2-dpmpp_2m.json").read_text())
+    assert len(made) == 2 and "whole captions" in first.stdout and len(list(tmp_path.glob("*-cpu-cfg-3.0-2-dpmpp_2m-3.png"))) == 1
+    written, = tmp_path.glob("*.json")
+    figures = json.loads(written.read_text())
     assert figures["settings"]["scale"] == 3 and figures["seen"]["backgrounds"]["of"] == 3 and len(figures["unseen"]["captions"]) == 3
     assert command(*words).stdout == first.stdout and made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
-@pytest.mark.parametrize("words", [("flatland", "--count", "0"), ("flatland", "--scale", "much"), ("regions",),
+@pytest.mark.parametrize("words", [("flatland", "--count", "0"), ("flatland", "--scale", "much"), ("flatland", "--scale", "nan"), ("regions",),
                                    ("segment", "--output", str(ROOT / "setup.cfg"))])
 def test_bad_input_is_one_line(words):
     found = command(*words)
@@ -138,4 +155,6 @@ def test_bad_input_is_one_line(words):
 
 
 def test_scales_are_chosen_on_other_captions():
-    assert evaluation.CHOICE > HELD_OUT + 10 ** 6 - 1
+    scored = {scene.caption for scenes in evaluation.scored_scenes(512).values() for scene in scenes}
+    chosen = {scene.caption for scene in evaluation.others(scored)}
+    assert not chosen & scored and chosen & {scene.caption for scene in map(compose, range(evaluation.CHOICE, evaluation.CHOICE + 128))}

@@ -20,15 +20,16 @@ PROMPTS = (                                           # what the bare command dr
 def main() -> None:
     sheet = Image.new("RGB", (GAP + len(PROMPTS) * (SIDE + GAP), GAP + 3 * (SIDE + GAP) + 2 * LINE), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    args = sample.parse()
+    model, _, refiner = sample.prepare(args)
     for column, words in enumerate(PROMPTS):
-        args = sample.parse([words])
-        model, prompt, refiner = sample.prepare(args)
+        prompt = model.prompt(words)
         with tqdm(total=args.steps, leave=False) as progress:
             made = sample.make(model, prompt, refiner, args, [args.seed], progress)
         picture = to_image(model.decode(made.latent)[0])
         areas = named_areas(made.scores[0], prompt.words[0])
         left = GAP + column * (SIDE + GAP)
-        for row, panel in enumerate(panels(picture, areas, made.scale[0].numpy().astype(float), SIDE)):
+        for row, panel in enumerate(panels(picture, areas, made.scale[0].cpu().numpy().astype(float), SIDE)):
             sheet.paste(panel, (left, GAP + row * (SIDE + GAP)))
         draw.multiline_text((left, 3 * (SIDE + GAP)), "\n".join(wrap(words, 27)), "black", font, spacing=1)
     path = HERE / "sheet.png"

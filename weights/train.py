@@ -1,5 +1,6 @@
 """Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `judge`, `unet` and `export`. Every phase resumes."""
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -50,7 +51,8 @@ def world_config() -> Config:
 
 def scenes(count: int, seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (count h w 3) of the scenes 0 .. count - 1 and what stands where (count h w): 0, or 1 + 8 * object + colour; both uint8."""
-    paths = [RUN / f"{kind}-{'seen' if seen else 'unseen'}-{count}.npy" for kind in ("pictures", "things")]
+    world = hashlib.sha256(Path(flatland.__file__).read_bytes()).hexdigest()[:8]
+    paths = [RUN / f"{kind}-{world}-{'seen' if seen else 'unseen'}-{count}.npy" for kind in ("pictures", "things")]
     if not paths[1].exists():
         pictures, things = [], []
         for seed in trange(count, desc="scenes"):
@@ -60,7 +62,8 @@ def scenes(count: int, seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
             pictures.append(picture)
             things.append(sum(label * mask for label, mask in zip(labels, masks)).astype(np.uint8))
         for path, values in zip(paths, (pictures, things)):
-            np.save(path, np.stack(values))
+            np.save(path.with_suffix(".part.npy"), np.stack(values))
+            path.with_suffix(".part.npy").replace(path)
     return tuple(np.load(path, mmap_mode="r") for path in paths)
 
 
@@ -136,6 +139,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, f
     for step in progress:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate * min(1, (step + 1) / 100, (steps - step) / (steps / 4))
+        torch.manual_seed(step)                       # a training that was interrupted goes on with the same numbers
         loss = loss_of(np.random.default_rng([1, step]), step / steps)
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -164,8 +168,6 @@ def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -
         return error.square().mean() + min(1, 4 * done) * error.abs().mean() + KL_WEIGHT * divergence   # L1 alone greys colours
 
     train("vae", vae, loss_of, steps, 8e-3)
-    for stale in RUN.glob("latents-*.pt"):
-        stale.unlink()
 
 
 def trained_vae(config: Config, device: str) -> VAE:
@@ -181,7 +183,8 @@ def latents(config: Config, count: int, device: str) -> Tensor:
     if not path.exists():
         vae, pictures = trained_vae(config, device), scenes(count)[0]
         parts = [vae.encode(to_image(np.array(pictures[i:i + 32]), device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
-        torch.save(torch.cat(parts), path)
+        torch.save(torch.cat(parts), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
     return torch.load(path, weights_only=True)
 
 
@@ -267,18 +270,26 @@ def export(config: Config, count: int) -> None:
         tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def natural(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=["vae", "judge", "unet", "export"])
-    parser.add_argument("--steps", type=int, help="of the whole training (default: 1400 for vae, 1000 for judge, 6000 for unet)")
-    parser.add_argument("--batch", type=int, help="(default: 8 for vae, 32 for the others)")
-    parser.add_argument("--scenes", type=int, default=16384, help="scenes to train on (default: %(default)s)")
+    parser.add_argument("--steps", type=natural, help="of the whole training (default: 1400 for vae, 1000 for judge, 6000 for unet)")
+    parser.add_argument("--batch", type=natural, help="(default: 8 for vae, 32 for the others)")
+    parser.add_argument("--scenes", type=natural, default=16384, help="scenes to train on (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     RUN.mkdir(exist_ok=True)
     for before in {"vae": (), "judge": ("vae",), "unet": ("vae",), "export": ("vae", "judge", "unet")}[args.phase]:
         if not (RUN / f"{before}.pt").exists():
             parser.error(f"{args.phase} needs what {before} leaves in {RUN}: run that phase first")
+    if args.phase == "vae" and (later := [path.name for path in (*RUN.glob("latents-*.pt"), RUN / "judge.pt", RUN / "unet.pt") if path.exists()]):
+        parser.error(f"{', '.join(later)} in {RUN} came of the VAE that is there: move them away before another is trained")
     config = world_config()
     if args.phase == "export":
         export(config, args.scenes)

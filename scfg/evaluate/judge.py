@@ -33,7 +33,8 @@ class Verdict(NamedTuple):
     colours: tuple[bool, ...]
     background: bool
     relation: bool | None                             # None where the caption has none
-    whole: bool                                       # all of these, and no thing too many
+    number: bool                                      # as many things as the caption has
+    whole: bool                                       # all of these
 
 
 class Block(nn.Module):
@@ -114,8 +115,9 @@ def relates(relation: str, first: Found, second: Found) -> bool:
 def verdict(scene: Scene, reading: Reading) -> Verdict:
     """What of the scene's caption is in the picture.
 
-    The caption's things are paired with those found so that as many objects and colours as possible agree. A relation holds
-    when it holds in every best pairing and each of the two agrees with the caption in its object or its colour.
+    The caption's things are paired with those found so that as many objects and colours as possible agree, objects first: what
+    has the other's colour is the right object. A relation holds when it holds in every best pairing and each of the two
+    agrees with the caption in its object or its colour.
     """
     background = reading.background == scene.background
     wanted, found = scene.things, reading.things
@@ -125,17 +127,17 @@ def verdict(scene: Scene, reading: Reading) -> Verdict:
         objects = tuple(bool(f) and f.name == thing.name for thing, f in zip(wanted, some))
         colours = tuple(bool(f) and f.colour == thing.colour for thing, f in zip(wanted, some))
         holds = scene.relation is not None and all(map(max, objects, colours)) and relates(scene.relation, *some)
-        pairings.append((sum(objects + colours), objects, colours, holds))
+        pairings.append(((sum(objects + colours), sum(objects)), objects, colours, holds))
     most = max(score for score, *_ in pairings)
     _, objects, colours, holds = next(pairing for pairing in pairings if pairing[0] == most)
     relation = None if scene.relation is None else all(holds for score, _, _, holds in pairings if score == most)
-    whole = all((*objects, *colours, background, relation is not False, len(found) == len(wanted)))
-    return Verdict(objects, colours, background, relation, whole)
+    number = len(found) == len(wanted)
+    return Verdict(objects, colours, background, relation, number, all((*objects, *colours, background, relation is not False, number)))
 
 
-def load_judge(device: str = "cpu") -> Judge:
+def load_judge() -> Judge:
     """The judge whose weights come with the package."""
-    judge = Judge().to(device)
-    weights = load_file(embedded_checkpoint().with_name("judge.safetensors"), device)
+    judge = Judge()
+    weights = load_file(embedded_checkpoint().with_name("judge.safetensors"))
     judge.load_state_dict({name: value.float() for name, value in weights.items()})
     return judge.eval()

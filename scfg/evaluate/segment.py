@@ -95,11 +95,11 @@ def evaluate(model: Diffusion, count: int) -> dict[str, Any]:
     figures = {}
     for name, t in best.items():
         values = scored[t][name]
-        figures[name] = {"timestep": t, "mean": values.mean().item(), "half_interval": 1.96 * values.std().item() / len(values) ** 0.5}
+        figures[name] = {"timestep": t, "mean": values.mean().item(), "half_interval": 1.96 * values.std(ddof=1).item() / len(values) ** 0.5 if len(values) > 1 else None}
     return {"count": count, "figures": figures,
             "choice": {t: {name: values.mean().item() for name, values in trial.items()} for t, trial in trials.items()}}
 
 
 def table(result: dict[str, Any]) -> str:
     rows = sorted(result["figures"].items(), key=lambda row: (row[0].split(":")[0], -row[1]["mean"]))
-    return "\n".join(f"{name:<62} {f['mean']:.3f} +- {f['half_interval']:.3f}  at timestep {f['timestep']}" for name, f in rows)
+    return "\n".join(f"{name:<62} {f['mean']:.3f} +- {f['half_interval'] or float('nan'):.3f}  at timestep {f['timestep']}" for name, f in rows)
