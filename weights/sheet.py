@@ -33,7 +33,7 @@ def main() -> None:
             sheet.paste(panel, (left, GAP + row * (SIDE + GAP)))
         draw.multiline_text((left, 3 * (SIDE + GAP)), "\n".join(wrap(words, 27)), "black", font, spacing=1)
     path = HERE / "sheet.png"
-    sheet.quantize(256).save(path, optimize=True)
+    sheet.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1e3:.0f} KB")
 
 

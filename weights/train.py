@@ -239,7 +239,8 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
         chosen = rng.choice(count, batch, replace=False)
         ids = [empty if dropped else tokens[i] for i, dropped in zip(chosen, rng.random(batch) < EMPTY_SHARE)]
-        t = torch.from_numpy(rng.integers(0, 1000, batch))
+        anywhere, noisy = rng.integers(0, 1000, batch), rng.integers(500, 1000, batch)        # what stands where is decided in noise
+        t = torch.from_numpy(np.where(rng.random(batch) < 0.5, anywhere, noisy))
         a = alphas[t].view(-1, 1, 1, 1).to(device)
         clean = z[chosen].to(device)
         drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
