@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import UNetConfig
+from .winograd import Conv3x3
 
 
 class Maps(NamedTuple):
@@ -63,7 +64,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -73,10 +74,10 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, in_channels), nn.SiLU(), Conv3x3(in_channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(                                                          # dropout keeps the names' numbers
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0), nn.Conv2d(out_channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0), Conv3x3(out_channels, out_channels))
         self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

@@ -3,20 +3,17 @@ import copy
 import itertools
 import math
 import warnings
-import weakref
 from dataclasses import replace
 
 import families
 import pytest
 import torch
 from conftest import error, seeded
+from counting import Bytes
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import sample
 import scfg
@@ -257,28 +254,6 @@ def test_with_offload_the_towers_are_not_moved(load):
     away = replace(model, unet=UNet(model.config.unet).to("meta"))            # a device that holds no numbers
     assert away.prompt("cat").context["cond"].is_meta
     assert all(parameter.device.type == "cpu" for parameter in away.text.parameters())
-
-
-class Bytes(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that operations made."""
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self.known | given:
-                self.known.add(key)
-                self.now += tensor.untyped_storage().nbytes()
-                weakref.finalize(tensor.untyped_storage(), self.free, key, tensor.untyped_storage().nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DATA, error, seeded
 
+from scfg import OFFICIAL
 from scfg.config import SD1, SD2_BASE, SDXL, SDXL_REFINER, UNetConfig
 from scfg.unet import UNet, mean_probabilities
 
@@ -81,6 +82,17 @@ def test_a_vector_reaches_the_output():
     assert error(unet(x, t, context, vector.flip(0))[0], out) > 1e-3
     with pytest.raises(ValueError, match="takes a vector"):
         unet(x, t, context)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("map_pixels", [0, 16])
+def test_it_compiles_as_one_graph(tiny, map_pixels):
+    inputs = seeded(1, 4, 16, 16), torch.tensor([500.0]), seeded(2, 77, 48)
+    compiled = torch.compile(tiny.unet, fullgraph=True, backend="aot_eager")
+    out, maps = compiled(*inputs, map_pixels=map_pixels, keep=OFFICIAL.complete)
+    expected, expected_maps = tiny.unet(*inputs, map_pixels=map_pixels, keep=OFFICIAL.complete)
+    assert error(out, expected) < 1e-5 and len(maps) == len(expected_maps) == (6 if map_pixels else 0)
+    assert all(error(found, wanted) < 1e-5 for found, wanted in zip(maps, expected_maps))
 
 
 def test_mean_probabilities_against_float64_and_their_gradient():

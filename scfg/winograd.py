@@ -1,0 +1,38 @@
+"""3x3 convolution with 2.25 times fewer products: Winograd's F(2x2, 3x3) (Lavin & Gray 2015, 1509.09308, section 4.1)."""
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHANNELS, PIXELS = 256, 512                           # with fewer the transforms cost more than the products that they save
+TILES = 512                                           # at once: what is in hand stays near the cores, and small for large pictures
+
+# B^T, G and A^T of the paper; rows and columns in one product
+INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (
+    torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]),
+    torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]),
+    torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])))
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve x (b c h w), h and w even, with weight (k c 3 3), zeros around: tiles of 4x4, two apart, give 2x2 each."""
+    kernels = (KERNEL @ rearrange(weight, "k c i j -> (i j) (k c)")).view(16, *weight.shape[:2])
+    tiles = F.pad(x, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)            # (b c y x 4 4), nothing copied yet
+    bands = []
+    for band in tiles.split(max(1, TILES // (len(x) * tiles.shape[3])), dim=2):
+        products = kernels @ (INPUT @ rearrange(band, "b c y x i j -> (i j) (c b y x)")).view(16, x.shape[1], -1)
+        bands.append(rearrange(OUTPUT @ products.flatten(1), "(i j) (k b y x) -> b k (y i) (x j)",
+                               i=2, k=len(weight), b=len(x), x=tiles.shape[3]))
+    return torch.cat(bands, dim=2) + bias[:, None, None]
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, zeros around; on a CPU, whose libraries have no such algorithm, by Winograd's where it pays."""
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pays = min(self.weight.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1] and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        if pays and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return winograd(x, self.weight, self.bias)
+        return super().forward(x)
