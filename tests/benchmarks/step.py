@@ -86,7 +86,7 @@ def part_memory(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for family, side in (("sd1", 64), ("sd1", 128), ("sdxl", 128)):
         config, peaks = FAMILIES[family][0], []
-        with FakeTensorMode():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             unet = UNet(config.unet).requires_grad_(False)
             x, prompt = inputs(config, side)
             vector = torch.zeros(2, config.unet.vector_dim) if config.unet.vector_dim else None
