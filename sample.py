@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scfg
+from scfg.area import described, places
 from scfg.flatland import WORDS
 from scfg.guidance import NAMED
 from scfg.report import report, to_image
@@ -23,9 +24,11 @@ from scfg.report import report, to_image
 SAMPLER_NAMES = {                                                 # as Stable Diffusion tools call them
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun",
     "unipc": "UniPC", "ddim": "DDIM"}
+DIRECTIONS = {"apg": scfg.APG(), "zero": scfg.ZeroStar()}
 NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
                    for c in (*scfg.config.FAMILIES, scfg.config.FLATLAND))
 LARGEST_SIDE = 8192
+EXAMPLE = "'car:scale=9' or 'sky.png & ~car:start=0.2,end=0.6,prompt=a night sky'"
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,11 +48,48 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+REGION_OPTIONS = {                                                # and prompt
+    "scale": number(float, 0, 1000), "times": number(float, 0, 1000), "start": number(float, 0, 1), "end": number(float, 0, 1),
+    "feather": number(int, 0, 1000), "base": number(float, 0, 1)}
+
+
 def size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST_SIDE for side in (width, height)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give WIDTHxHEIGHT in pixels, such as 512x768, up to {LARGEST_SIDE} each")
     return int(width), int(height)
+
+
+class Asked(NamedTuple):
+    """A --region: what is guided there, what it shows there, or both."""
+    said: str
+    guided: scfg.Region | None
+    told: scfg.Part | None
+
+    @property
+    def area(self) -> scfg.Area:
+        return (self.guided or self.told).area
+
+
+def region(text: str) -> Asked:
+    """AREA:name=value,...; a prompt comes last and may hold commas."""
+    description, _, options = text.partition(":")
+    options, _, prompt = options.partition("prompt=")
+    values = {}
+    for name, _, value in (option.strip().partition("=") for option in options.split(",") if option.strip()):
+        if name not in REGION_OPTIONS:
+            raise argparse.ArgumentTypeError(f"{text!r} asks for {name!r}: a region has {', '.join(REGION_OPTIONS)} and prompt, as in {EXAMPLE}")
+        values[name] = REGION_OPTIONS[name](value)
+    if not prompt and not {"scale", "times"} & set(values):
+        raise argparse.ArgumentTypeError(f"{text!r} asks for nothing: give a scale, times or a prompt, as in {EXAMPLE}")
+    try:
+        area = described(description)
+    except scfg.BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    area = area.feathered(values.pop("feather")) if "feather" in values else area
+    base, when = values.pop("base", 0.0), {name: values[name] for name in ("start", "end") if name in values}
+    guided = scfg.Region(area, **values) if {"scale", "times"} & set(values) else None
+    return Asked(text, guided, scfg.Part(area, prompt, base, **when) if prompt else None)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,6 +101,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance", choices=NAMED, default="scfg",
         help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
+    add("--region", type=region, action="append", default=[], metavar="AREA:...",
+        help="a scale, or times, or a prompt for a word's area, a mask file's, the foreground or what | & ~ make of them, with start, end, "
+        f"feather and base (what the whole prompt still counts there): {EXAMPLE}; may be given again")
+    add("--direction", choices=DIRECTIONS, help="apg: less of what saturates colours; zero: the unconditional output scaled first (CFG-Zero*)")
+    add("--pag", type=number(float, 0, 100), metavar="SCALE", help="perturbed-attention guidance besides, of this scale (usual: 3)")
+    add("--rescale", type=number(float, 0, 1), metavar="PHI", help="share by which contrast is brought back to the unguided one's (usual: 0.7)")
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--interval", type=number(float, 0, 1000), nargs=2, metavar=("LOW", "HIGH"), help="guide at noise levels sigma in (LOW, HIGH] only")
+    when.add_argument("--ramp", choices=["linear", "cosine"], help="guide from not at all to twice as strongly as time goes by")
     add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
     add("--spacing", choices=["leading", "linspace", "trailing", "karras"],
         help="of the noise levels (default: the family's own or, where that is the usual, leading for ddim and linspace for others)")
@@ -96,7 +145,9 @@ def parameters(args: argparse.Namespace, model: scfg.Diffusion, seed: int, pictu
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     facts = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.scale, "Seed": seed,
              "Size": f"{picture.width}x{picture.height}", "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
-             "Guidance": args.guidance, "Schedule type": args.spacing, "Eta": args.eta, "Clip skip": args.clip_skip,
+             "Guidance": args.guidance, "Regions": " ".join(repr(asked.said) for asked in args.region) or None, "Direction": args.direction,
+             "PAG scale": args.pag, "CFG Rescale phi": args.rescale, "Interval": args.interval and "{:g} to {:g}".format(*args.interval),
+             "Ramp": args.ramp, "Schedule type": args.spacing, "Eta": args.eta, "Clip skip": args.clip_skip,
              "VAE": args.vae and args.vae.stem, "Refiner": args.refiner and args.refiner.stem,
              "Refiner switch at": args.refiner_from if args.refiner else None, "Prediction": args.prediction, "Precision": args.dtype}
     return f"{args.prompt}{negative}\n" + ", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
@@ -130,6 +181,16 @@ def next_number(folder: Path) -> int:
     return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
 
+def guidance_of(args: argparse.Namespace) -> scfg.Guidance:
+    scale, regions = NAMED[args.guidance](args.scale), tuple(asked.guided for asked in args.region if asked.guided)
+    return scfg.Guidance(
+        perturb=scfg.PAG(args.pag) if args.pag else None,
+        direction=DIRECTIONS.get(args.direction),
+        scale=scfg.ByRegion(scale, regions) if regions else scale,
+        rescale=scfg.Rescale(args.rescale) if args.rescale else None,
+        when=scfg.Interval(*args.interval) if args.interval else scfg.Ramp(shape=args.ramp) if args.ramp else None)
+
+
 class Made(NamedTuple):
     latent: Tensor                                    # (b c h w)
     scores: Tensor                                    # (b t h w) of every token, mean of the middle third of the steps
@@ -142,8 +203,10 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     def load(path: Path | None, **options) -> tuple[scfg.Diffusion, scfg.Prompt]:
         model = scfg.load(path, device=args.device, dtype=args.dtype and getattr(torch, args.dtype), tokenizer=args.tokenizer,
                           offload=args.offload, **options)
-        return model, model.prompt(args.prompt, args.negative, args.clip_skip)
+        return model, model.prompt(args.prompt, args.negative, args.clip_skip, [asked.told for asked in args.region if asked.told])
     model, prompt = load(args.checkpoint, prediction=args.prediction, vae=args.vae)
+    for phrase in (phrase for asked in args.region for phrase in asked.area.phrases):
+        places(prompt.words[0], phrase)                                       # a word that is not there, said before any work
     args.scale = model.config.scale if args.scale is None else args.scale
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)
@@ -162,7 +225,7 @@ def make(model: scfg.Diffusion, prompt: scfg.Prompt, refiner: scfg.Refiner | Non
          progress: tqdm) -> Made:
     """One batch of pictures, from noise to latent."""
     middle = range(args.steps // 3, max(args.steps // 3 + 1, args.steps * 2 // 3))
-    guidance, scores, scale, notes = NAMED[args.guidance](args.scale), 0, 0, Counter()
+    guidance, scores, scale, notes = guidance_of(args), 0, 0, Counter()
     for step in model.sample(prompt, guidance, args.sampler, args.spacing, args.steps, args.size, seeds, eta=args.eta,
                              refiner=refiner, watch=middle):
         denoised = step.denoised

@@ -1,10 +1,12 @@
 """scfg: Stable Diffusion sampling in which attention maps are values, so that regions can be seen and guided one by one."""
+from .area import Area, Region, foreground, mask, words
 from .config import BadInput
 from .diffusion import Denoised, Diffusion, Refiner, Step, load
-from .guidance import CFG, SCFG, Guidance
-from .segment import OFFICIAL, PAPER, Regions, Segmentation, segment
-from .text import Prompt, Word
+from .guidance import APG, CFG, PAG, SCFG, ByRegion, Energy, Guidance, Interval, Product, Ramp, Rescale, ZeroStar
+from .segment import OFFICIAL, PAPER, Regions, Segmentation, Word, segment
+from .text import Part, Prompt
 from .unet import Maps
 
-__all__ = ["BadInput", "CFG", "Denoised", "Diffusion", "Guidance", "Maps", "OFFICIAL", "PAPER", "Prompt", "Refiner", "Regions", "SCFG",
-           "Segmentation", "Step", "Word", "load", "segment"]
+__all__ = ["APG", "Area", "BadInput", "ByRegion", "CFG", "Denoised", "Diffusion", "Energy", "Guidance", "Interval", "Maps", "OFFICIAL", "PAG",
+           "PAPER", "Part", "Product", "Prompt", "Ramp", "Refiner", "Region", "Regions", "Rescale", "SCFG", "Segmentation", "Step", "Word",
+           "ZeroStar", "foreground", "load", "mask", "segment", "words"]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from .area import elapsed
 from .checkpoint import load_parts
 from .config import SD2_BASE, SD2_V, BadInput, Config
 from .guidance import SCFG, Guidance, ScaleRule
-from .noise import SIGMAS, Prediction, Spacing, spaced_sigmas, time_of, to_x0
+from .noise import SIGMAS, Prediction, Spacing, gain, spaced_sigmas, time_of, to_x0
 from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
 from .segment import OFFICIAL, Regions
-from .text import Prompt, Text, read_tokenizer
+from .text import Part, Prompt, Text, read_tokenizer
 from .unet import Maps, UNet, all_of_it, timestep_embedding
 from .vae import VAE
 
@@ -57,6 +58,26 @@ def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
     return lambda x, sigma, previous: (early if time_of(sigma) >= handover(start) else late)(x, sigma, previous)
 
 
+def joined(told: Prompt, halves: Sequence[str], sigma: float, regions: Regions | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """The contexts of all rows (r*b k*t d), and how much their k texts count at every pixel (r*b k h w); None where parts have no say.
+
+    A part outside its time, or of a word that was not segmented yet, has no area. The unconditional row has one text everywhere.
+    """
+    plain, pictures = torch.cat([told.context[half] for half in halves]), len(told.context["cond"])
+    known = [(f"part {i}", part.base, part.area(regions, size).to(plain).expand(pictures, 1, *size)) for i, part in enumerate(told.parts)
+             if part.start <= elapsed(sigma) <= part.end and (regions or not part.area.needs_regions)]
+    acting = [one for one in known if one[2].any()]
+    if not acting:
+        return plain, None
+    names, bases, areas = zip(*acting)
+    base = (1 - sum(area * (1 - base) for area, base in zip(areas, bases))).clamp_min(0)
+    shares = {"cond": torch.cat([base, *areas], 1), "uncond": torch.cat([torch.ones_like(base), *[0 * area for area in areas]], 1)}
+    texts = {"cond": torch.cat([told.context[row] for row in ("cond", *names)], 1)}
+    if "uncond" in halves:
+        texts["uncond"] = torch.cat([told.context["uncond"]] * (1 + len(areas)), 1)
+    return torch.cat([texts[half] for half in halves]), torch.cat([shares[half] for half in halves])
+
+
 class Refiner(NamedTuple):
     """A second model that takes a run over, with its own encoding of the text; the sampler goes on with what it remembers."""
     model: "Diffusion"
@@ -80,10 +101,11 @@ class Diffusion:
         return self.unet.out[2].weight.dtype
 
     @torch.no_grad()
-    def prompt(self, text: str | Sequence[str], negative: str | Sequence[str] | None = None, clip_skip: int | None = None) -> Prompt:
+    def prompt(self, text: str | Sequence[str], negative: str | Sequence[str] | None = None, clip_skip: int | None = None,
+               parts: Sequence[Part] = ()) -> Prompt:
         """Encode one text a picture, with one negative for all or one each (default: the empty text; for SDXL zeros).
 
-        clip_skip: the text towers' layer, counted from the last, in place of the family's own.
+        clip_skip: the text towers' layer, counted from the last, in place of the family's own. parts: areas with a text of their own.
         """
         if self.text is None:
             raise BadInput(f"this {self.config.name} checkpoint has no text tower: use one that has, or Prompt(context=...) in Python")
@@ -93,7 +115,7 @@ class Diffusion:
         negatives = [negative] * len(texts) if isinstance(negative, str) else negative
         if negatives is not None and len(negatives) != len(texts):
             raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
-        return self.text.prompt(texts, negatives, self.device, clip_skip)
+        return self.text.prompt(texts, negatives, self.device, clip_skip, parts)
 
     def placed(self, prompt: Prompt, count: int) -> Prompt:
         """The prompt for `count` pictures, which it must be of unless it is of one, where and as the network wants it."""
@@ -102,7 +124,8 @@ class Diffusion:
                 if len(state) not in (1, count):
                     raise BadInput(f"{len(state)} prompts for {count} pictures: give one prompt, or one for each")
             return {row: state.to(self.device, self.dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
-        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled))
+        words = prompt.words * count if len(prompt.words) == 1 else prompt.words
+        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled), words=words)
 
     def vector(self, prompt: Prompt, rows: Sequence[str], height: int, width: int) -> Tensor | None:
         """What XL is told of the whole picture, (r*b v) for r rows; None for the others (Podell et al. 2023, 2307.01952, section 2.2).
@@ -129,25 +152,30 @@ class Diffusion:
         without; `maps` also returns all maps.
         """
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
-        factor = self.config.vae.factor
+        factor, layers = self.config.vae.factor, guidance.perturb.layers if guidance.perturb else ()
+        always = any(part.area.needs_regions for part in prompt.parts)
         said = ("the unconditional context is all zeros: the foreground is the conditional half's",)
 
         def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
-            rows, told = guidance.rows(sigma), self.placed(prompt, len(x))
-            silent = (told.context["uncond"] == 0).flatten(1).all(1) if "uncond" in rows else None
-            recipe = guidance.segmentation(sigma) or (OFFICIAL if watched(sigma) and "uncond" in rows else None)
+            rows, told, known = guidance.rows(sigma), self.placed(prompt, len(x)), previous and previous.regions
+            halves = ["uncond" if row == "uncond" else "cond" for row in rows]
+            silent = (told.context[halves[0]] == 0).flatten(1).all(1) if "uncond" in rows else x.new_ones(len(x), dtype=torch.bool)
+            recipe = guidance.segmentation(sigma) or (OFFICIAL if always or watched(sigma) else None)
             pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
+            context, shares = joined(told, halves, sigma, known, x.shape[-2:])
             out, kept = self.unet(
-                (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)),
-                torch.cat([told.context[row] for row in rows]),
-                self.vector(told, rows, factor * x.shape[2], factor * x.shape[3]),
-                map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete)
+                (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)), context,
+                self.vector(told, halves, factor * x.shape[2], factor * x.shape[3]), shares=shares,
+                map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete,
+                perturbed=rows.count("perturbed") * len(x), layers=layers)
             by_row = dict(zip(rows, out.float().chunk(len(rows))))
             completed = [recipe.complete(block) for block in kept] if recipe and maps else kept
-            regions = recipe.assign(completed, silent) if recipe else None
-            guided = guidance.combine(by_row, regions, sigma, previous and previous.state)
+            completed = completed if "uncond" in rows else [torch.cat([block, block]) for block in completed]
+            regions = recipe.assign(completed, silent, told.chunk)._replace(words=told.words) if recipe else None
+            expected = to_x0(x, sigma, by_row["cond"], self.config.prediction)
+            guided = guidance.combine(by_row, regions, sigma, previous and previous.state, expected, gain(sigma, self.config.prediction))
             x0 = to_x0(x, sigma, guided.out, self.config.prediction)
-            notes = guided.notes + (said if recipe and recipe.foreground == "uncond" and silent.any() else ())
+            notes = guided.notes + (said if recipe and recipe.foreground == "uncond" and "uncond" in rows and silent.any() else ())
             return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, notes)
         return denoise
 

@@ -47,10 +47,13 @@ def spaced_sigmas(spacing: Spacing, steps: int, drop_lowest: bool = False) -> li
     raise ValueError(f"spacing is one of leading, linspace, trailing, karras, not {spacing!r}")
 
 
+def gain(sigma: float, prediction: Prediction) -> float:
+    """What x0 changes by when the network's output grows by one."""
+    if prediction not in ("eps", "v"):
+        raise ValueError(f"prediction is eps or v, not {prediction!r}")
+    return -sigma if prediction == "eps" else -sigma / (sigma ** 2 + 1) ** 0.5
+
+
 def to_x0(x: Tensor, sigma: float, out: Tensor, prediction: Prediction) -> Tensor:
     """The clean latent that the network's output stands for: an affine rule in x and out for either prediction."""
-    if prediction == "eps":
-        return x - sigma * out
-    if prediction != "v":
-        raise ValueError(f"prediction is eps or v, not {prediction!r}")
-    return x / (sigma ** 2 + 1) - out * (sigma / (sigma ** 2 + 1) ** 0.5)
+    return (x if prediction == "eps" else x / (sigma ** 2 + 1)) + gain(sigma, prediction) * out

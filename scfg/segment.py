@@ -11,11 +11,22 @@ from torch.nn import functional as F
 from .unet import Maps
 
 
+class Word(NamedTuple):
+    text: str
+    start: int                                        # its tokens are start .. stop - 1 of the context
+    stop: int
+
+
 class Regions(NamedTuple):
     """Which pixel belongs to which token, on the largest captured grid."""
     tokens: Tensor                                    # (b t h w) 0 or 1
     foreground: Tensor                                # (b 1 h w) 0 or 1
     scores: Tensor                                    # (b t h w) the soft maps behind the tokens
+    words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
+
+    def contrast(self) -> Tensor:
+        """How far above its mean over the picture a pixel's best token is, on average (b 1 1 1): 1 where attention says nothing."""
+        return (self.scores / self.scores.mean((-2, -1), keepdim=True)).amax(1, keepdim=True).mean((-2, -1), keepdim=True)
 
 
 def blur(x: Tensor) -> Tensor:
@@ -44,13 +55,15 @@ class Segmentation:
             total = total + weight * step
         return rearrange(total, "b (h w) t -> b t h w", h=maps.size[0])
 
-    def assign(self, completed: list[Tensor], silent: Tensor | None = None) -> Regions:
+    def assign(self, completed: list[Tensor], silent: Tensor | None = None, chunk: int | None = None) -> Regions:
         """Completed maps of all layers, rows [uncond; cond], each (2b t h w) -> Regions on the largest of their grids.
 
-        silent (b): pictures whose unconditional context is all zeros. Its maps are uniform, and which is the greater is
+        chunk: tokens between the start tokens of a long prompt (default: it has one). silent (b): pictures whose unconditional context is all zeros. Its maps are uniform, and which is the greater is
         decided by rounding, so that their foreground is taken from the conditional half.
         """
         size = max((layer.shape[-2:] for layer in completed), key=math.prod)
+        chunk = chunk or completed[0].shape[1]
+        is_start = torch.arange(completed[0].shape[1], device=completed[0].device) % chunk == 0
         scores, start, rest = 0, 0, 0
         for layer in completed:
             layer = F.interpolate(layer, size=size, mode="bilinear") if layer.shape[-2:] != size else layer
@@ -61,13 +74,13 @@ class Segmentation:
             if self.foreground != "assigned":
                 half = cond if self.foreground == "cond" else uncond
                 half = half if silent is None else torch.where(silent[:, None, None, None], cond, half)
-                first, others = half[:, :1], half[:, 1:].sum(1, keepdim=True)
+                first, others = (half[:, some].sum(1, keepdim=True) for some in (is_start, ~is_start))
                 start = start + first / first.mean((-2, -1), keepdim=True)
                 rest = rest + others / others.mean((-2, -1), keepdim=True)
         best = scores.argmax(1, keepdim=True)
         equal_best = scores == scores.amax(1, keepdim=True)
         tokens = equal_best.to(scores.dtype) if self.ties else torch.zeros_like(scores).scatter(1, best, 1.0)
-        foreground = best != 0 if self.foreground == "assigned" else rest > start
+        foreground = best % chunk != 0 if self.foreground == "assigned" else rest > start
         return Regions(tokens, foreground.to(scores.dtype), scores)
 
 

@@ -1,39 +1,105 @@
 """Prompts: tokens, the words they make up, and the text towers that turn them into context."""
 import gzip
 import json
+import re
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .area import Area
 from .config import CLIP_L, BadInput, TextConfig
+from .segment import Word
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
+WRAPPED = 20                                          # tokens after a comma that move to the next chunk together
 
 
-class Word(NamedTuple):
+class Part(NamedTuple):
+    """An area's own text, from `start` to `end`, shares of the run counted in timesteps."""
+    area: Area
     text: str
-    start: int                                        # its tokens are start .. stop - 1 of the context
-    stop: int
+    base: float = 0.0                                 # how much the whole picture's prompt still counts there
+    start: float = 0.0
+    end: float = 1.0
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What the network is told, for a batch of b pictures."""
-    context: dict[str, Tensor]                        # "uncond" and "cond", each (b t d)
-    pooled: dict[str, Tensor] = field(default_factory=dict)       # the same rows (b p): the whole text, for XL
+    context: dict[str, Tensor]                        # "uncond" and "cond", each (b t d), and "part 0", ...
+    pooled: dict[str, Tensor] = field(default_factory=dict)       # uncond and cond (b p): the whole text, for XL
     words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
+    parts: tuple[Part, ...] = ()                      # areas with a text of their own
+    chunk: int | None = None                          # tokens from one start token to the next
+
+
+class Token(NamedTuple):
+    id: int
+    weight: float
+    word: int                                         # the number of the word that it is part of
+
+
+class Tokens(NamedTuple):
+    """A text as its towers are told it."""
+    chunks: list[list[int]]                           # token numbers, each chunk from its start to its end token
+    weights: list[list[float]]                        # of a chunk's tokens, as far as they are not 1
+    words: tuple[Word, ...]
+
+
+PIECE = re.compile(r"\\[\\()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+
+
+def weighted(text: str) -> list[tuple[str, float]]:
+    """Pieces of a text and their weights, by the WebUI's rules: (this) counts 1.1 times, (this:1.3) 1.3 times, [this] 1 / 1.1 times;
+    brackets nest, those never closed reach to the end, and a backslash makes one an ordinary letter."""
+    pieces, opened = [], {"(": [], "[": []}
+
+    def close(bracket: str, factor: float) -> None:
+        first = opened[bracket].pop()
+        pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
+
+    for found in PIECE.finditer(text):
+        piece = found[0]
+        if piece in opened:
+            opened[piece].append(len(pieces))
+        elif opened["("] and (piece == ")" or found[1]):
+            close("(", float(found[1] or 1.1))
+        elif opened["["] and piece == "]":
+            close("[", 1 / 1.1)
+        else:
+            pieces.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
+    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        while opened[bracket]:
+            close(bracket, factor)
+    return [("".join(piece for piece, _ in run), weight) for weight, run in groupby(pieces, key=itemgetter(1))]
+
+
+def kept_before_wrap(chunk: Sequence[Token], is_comma: Sequence[bool]) -> int:
+    """How many tokens of a full chunk stay in it: those up to its last comma, if at most WRAPPED come after it."""
+    commas = [i + 1 for i, token in enumerate(chunk) if is_comma[token.word]]
+    return commas[-1] if commas and len(chunk) - commas[-1] <= WRAPPED else len(chunk)
+
+
+def emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """States (b t d) times their tokens' weights (b t), brought back to the mean that each text's had; exact where all weights are one."""
+    heavier = states * weights[..., None]
+    heavier = heavier * (states.mean((1, 2), keepdim=True) / heavier.mean((1, 2), keepdim=True))
+    return torch.where((weights == 1).all(1)[:, None, None], states, heavier)
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
@@ -124,61 +190,95 @@ class Text(nn.Module):
         for tower in self.towers:
             tower.transformer.embeddings.position_ids = torch.arange(tower.config.length)[None]
 
-    def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
-        """Token numbers of a text, from its start token to its end token, and its words among them.
+    def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Its words and their tokens."""
+        encoded, first = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False), 0
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(ids), 1):
+            if token.endswith("</w>") or i == len(ids):
+                yield text[offsets[first][0]:offsets[i - 1][1]], ids[first:i]
+                first = i
 
-        Text beyond the context is cut, with a warning that shows it.
+    def tokenize(self, text: str) -> Tokens:
+        """A text's tokens in chunks of what a tower reads at once, the words among them, and their weights.
+
+        As in the WebUI: see `weighted` for brackets; BREAK begins a chunk, and so does a word for which there is no room, with
+        what follows the last comma if that is short.
         """
         self.tokenizer = self.tokenizer or default_tokenizer()
         config = self.towers[0].config
         if len(self.tokenizer) != config.vocabulary:
             raise BadInput(f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {config.vocabulary}: "
                            "give the tokenizer of this model with --tokenizer")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets, room = encoded["input_ids"], encoded["offset_mapping"], config.length - 2
-        if len(ids) > room:
-            warnings.warn(f"the prompt is longer than {room} tokens; cut off: {text[offsets[room][0]:]!r}", stacklevel=3)
-        words, first = [], 0
-        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(ids[:room])):
-            if token.endswith("</w>") or i == len(ids[:room]) - 1:
-                words.append(Word(text[offsets[first][0]:offsets[i][1]], first + 1, i + 2))       # 0 is the start token
-                first = i + 1
-        return [self.tokenizer.bos_token_id, *ids[:room], self.tokenizer.eos_token_id], tuple(words)
+        chunks, names, room = [[]], [], config.length - 2
+        for piece, weight in weighted(text):
+            for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
+                chunks += [[]] * (i > 0)
+                for name, ids in self.split(part):
+                    if len(chunks[-1]) + len(ids) > room:
+                        fits = kept_before_wrap(chunks[-1], [name == "," for name in names])
+                        chunks[-1:] = [chunks[-1][:fits], chunks[-1][fits:]]
+                    chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids[:room]]
+                    names.append(name)
+        places = {}
+        for number, chunk in enumerate(chunks):
+            for i, token in enumerate(chunk):
+                places.setdefault(token.word, []).append(number * config.length + 1 + i)          # 0 is the start token
+        words = tuple(Word(names[word], at[0], at[-1] + 1) for word, at in places.items())
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return Tokens([[start, *(token.id for token in chunk), end] for chunk in chunks],
+                      [[1.0, *(token.weight for token in chunk)] for chunk in chunks], words)
 
     def warn_of_unseen(self, words: Sequence[Word]) -> None:
         unseen = sorted({word.text for word in words if word.text.lower() not in self.seen})
         if self.seen and unseen:
             warnings.warn(f"this model never saw {', '.join(map(repr, unseen))}; it knows: {' '.join(sorted(self.seen))}", stacklevel=3)
 
-    def encode(self, texts: Sequence[Sequence[int]], device: torch.device, skip: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(self, texts: Sequence[Sequence[int]], device: torch.device, skip: int | None = None,
+               weights: Sequence[Sequence[float]] | None = None) -> tuple[Tensor, Tensor | None]:
         """Token numbers of b texts -> the towers' states side by side (b t d), and the pooled text (b p) if a tower has it.
 
         Towers that live elsewhere visit the device one by one. skip: the layer, counted from the last, in place of the family's own.
+        weights: of every text's first tokens, one for the others.
         """
         states, pooled = [], None
         for tower in self.towers:
             length, pad = tower.config.length, tower.config.vocabulary - 1 if tower.config.pad is None else tower.config.pad
             ids = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in texts], device=device)
-            weights = {name: value.to(device) for name, value in (*tower.named_parameters(), *tower.named_buffers())}
-            found, whole = functional_call(tower, weights, (ids, skip))
+            parameters = {name: value.to(device) for name, value in (*tower.named_parameters(), *tower.named_buffers())}
+            found, whole = functional_call(tower, parameters, (ids, skip))
+            if weights is not None:
+                found = emphasised(found, torch.tensor([[*some, *[1.0] * (length - len(some))] for some in weights], device=device))
             states.append(found)
             pooled = whole if whole is not None else pooled
         return torch.cat(states, dim=-1), pooled
 
-    def prompt(self, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device, skip: int | None = None) -> Prompt:
-        """Encode the texts and their negatives, one of each for every picture; without negatives their rows are zeros."""
+    def encode_chunks(self, texts: Sequence[Tokens], chunks: int, device: torch.device, skip: int | None) -> tuple[Tensor, Tensor | None]:
+        """States of b texts (b chunks*t d), all filled up to so many chunks, and the pooled text of the first one (b p)."""
+        empty = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        ids = [ids for text in texts for ids in text.chunks + [empty] * (chunks - len(text.chunks))]
+        weights = [some for text in texts for some in text.weights + [[]] * (chunks - len(text.weights))]
+        states, pooled = self.encode(ids, device, skip, weights)
+        return rearrange(states, "(b chunks) t d -> b (chunks t) d", chunks=chunks), pooled if pooled is None else pooled[::chunks]
+
+    def prompt(self, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device, skip: int | None = None,
+               parts: Sequence[Part] = ()) -> Prompt:
+        """Encode the texts and their negatives, one of each for every picture, and the parts' texts; without negatives their rows are zeros."""
         layers = min(tower.config.layers for tower in self.towers)
         if skip is not None and not 1 <= skip <= layers:
             raise BadInput(f"clip skip counts the text tower's layers from the last, 1 to {layers}, not {skip}")
         if not texts:
             raise BadInput("no prompt: give at least one text")
-        tokens, words = zip(*map(self.tokenize, texts))
-        cond = self.encode(tokens, device, skip)
+        told = {"cond": list(map(self.tokenize, texts))}
+        if negatives is not None:
+            told["uncond"] = list(map(self.tokenize, negatives))
+        for i, part in enumerate(parts):
+            told[f"part {i}"] = [self.tokenize(part.text)]
+        self.warn_of_unseen([word for row in told.values() for tokens in row for word in tokens.words])
+        chunks = max(len(tokens.chunks) for row in told.values() for tokens in row)
+        found = {row: self.encode_chunks(tokens, chunks, device, skip) for row, tokens in told.items()}
         if negatives is None:
-            negative_words, uncond = (), [None if state is None else torch.zeros_like(state) for state in cond]
-        else:
-            negative_tokens, negative_words = zip(*map(self.tokenize, negatives))
-            uncond = self.encode(negative_tokens, device, skip)
-        self.warn_of_unseen(sum(words + negative_words, ()))
-        context, pooled = ({"uncond": u, "cond": c} for u, c in zip(uncond, cond))
-        return Prompt(context, pooled if cond[1] is not None else {}, words)
+            found["uncond"] = tuple(None if state is None else torch.zeros_like(state) for state in found["cond"])
+        pooled = {row: found[row][1] for row in ("uncond", "cond") if found[row][1] is not None}
+        return Prompt({row: states for row, (states, _) in found.items()}, pooled, tuple(tokens.words for tokens in told["cond"]),
+                      tuple(parts), self.towers[0].config.length)

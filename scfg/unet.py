@@ -1,10 +1,10 @@
 """The U-Net of every Stable Diffusion family. Attribute names are the original checkpoint's keys; attention maps are return values."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,10 +19,26 @@ class Maps(NamedTuple):
     size: tuple[int, int]                             # (h, w)
 
 
-class Capture(NamedTuple):
-    """Which blocks return their maps, and what is kept of them."""
-    pixels: int                                       # blocks with at most this many pixels
-    keep: Callable[[Maps], Any]
+class Asked(NamedTuple):
+    """What the transformer blocks attend to, and which maps they return."""
+    context: Tensor                                   # (r*b t d)
+    shares: Tensor | None                             # (r*b k H W) of the context's k equal parts at every pixel; None: it has one
+    pixels: int                                       # blocks with at most this many return maps,
+    keep: Callable[[Maps], Any]                       # or what this makes of them,
+    rows: int                                         # of the first rows and of the context's first part
+    alone: int = 0                                    # so many of the last rows' pixels attend to themselves only
+
+    def bias(self, size: tuple[int, int]) -> Tensor | None:
+        """What is added to a block's attention logits, (r*b 1 n t): a token then counts as often as its part's share says."""
+        if self.shares is None:
+            return None
+        shares = F.interpolate(self.shares, size=size, mode="area").log().to(self.context.dtype)
+        return repeat(shares, "b k h w -> b 1 (h w) (k t)", t=self.context.shape[1] // shares.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Those of the context's first part."""
+        return self.context.shape[1] // (1 if self.shares is None else self.shares.shape[1])
 
 
 def all_of_it(maps: Maps) -> Maps:
@@ -95,13 +111,19 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, with_map: bool) -> tuple[Tensor, Tensor | None]:
-        """Pixels (b n c) attend to context (b m d); returns (b n c) and, if asked for, the map (b n m)."""
+    def forward(self, x: Tensor, context: Tensor, mapped: tuple[int, int] | None, bias: Tensor | None = None,
+                alone: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Pixels (b n c) attend to context (b m d), logits biased; returns (b n c) and, if asked for, the map of (rows, m) without bias.
+
+        The pixels of the last rows, so many as are `alone`, attend to themselves: their attention is the identity (2403.17377).
+        """
         q = rearrange(self.to_q(x), "b n (heads d) -> b heads n d", heads=self.heads)
         k = rearrange(self.to_k(context), "b m (heads d) -> b heads m d", heads=self.heads)
         v = rearrange(self.to_v(context), "b m (heads d) -> b heads m d", heads=self.heads)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
-        return self.to_out(out), mean_probabilities(q, k) if with_map else None
+        others = len(q) - alone
+        out = F.scaled_dot_product_attention(q[:others], k[:others], v[:others], attn_mask=bias)
+        out = rearrange(torch.cat([out, v[others:]]) if alone else out, "b heads n d -> b n (heads d)")
+        return self.to_out(out), mean_probabilities(q[:mapped[0]], k[:mapped[0], :, :mapped[1]]) if mapped else None
 
 
 class GEGLU(nn.Module):
@@ -133,16 +155,17 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, context: Tensor, size: tuple[int, int], capture: Capture) -> tuple[Tensor, list]:
-        """Pixels (b n c), context (r*b t d) -> pixels (r*b n c) and what the capture keeps of this block's maps."""
-        captured = x.shape[1] <= capture.pixels
+    def forward(self, x: Tensor, size: tuple[int, int], asked: Asked) -> tuple[Tensor, list]:
+        """Pixels (b n c) -> pixels (r*b n c) and what is kept of this block's maps."""
+        rows, captured = len(asked.context), x.shape[1] <= asked.pixels
+        x = expand(x, rows) if asked.alone else x
         normed = self.norm1(x)
-        out, self_map = self.attn1(normed, normed, captured)
-        x = expand(x + out, len(context))
-        out, cross_map = self.attn2(self.norm2(x), context, captured)
+        out, self_map = self.attn1(normed, normed, (asked.rows, x.shape[1]) if captured else None, alone=asked.alone)
+        x = expand(x + out, rows)
+        out, cross_map = self.attn2(self.norm2(x), asked.context, (asked.rows, asked.tokens) if captured else None, asked.bias(size))
         x = x + out
         x = x + self.ff(self.norm3(x))
-        return x, [capture.keep(Maps(expand(self_map, len(context)), cross_map, size))] if captured else []
+        return x, [asked.keep(Maps(expand(self_map, asked.rows), cross_map, size))] if captured else []
 
 
 class SpatialTransformer(nn.Module):
@@ -156,13 +179,13 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, config.context_dim, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, capture: Capture) -> tuple[Tensor, list]:
+    def forward(self, x: Tensor, asked: Asked) -> tuple[Tensor, list]:
         size, kept = tuple(x.shape[-2:]), []
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
-            h, maps = block(h, context, size, capture)
+            h, maps = block(h, size, asked)
             kept += maps
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=size[0])
@@ -172,15 +195,14 @@ class SpatialTransformer(nn.Module):
 
 class Block(nn.ModuleList):
     """The layers between two skip connections."""
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, capture: Capture,
-                size: tuple[int, int] | None = None) -> tuple[Tensor, list]:
+    def forward(self, x: Tensor, embedding: Tensor, asked: Asked, size: tuple[int, int] | None = None) -> tuple[Tensor, list]:
         """`size` is what an upsampling at the end has to reach: that of the next skip, also where it is odd."""
         kept = []
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)
             elif isinstance(layer, SpatialTransformer):
-                x, maps = layer(x, context, capture)
+                x, maps = layer(x, asked)
                 kept += maps
             elif isinstance(layer, Upsample):
                 x = layer(x, size)
@@ -228,30 +250,43 @@ class UNet(nn.Module):
                     self.output_blocks[-1].append(Upsample(width))
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
 
+    def block_names(self) -> set[str]:
+        """The prefixes of its blocks' keys."""
+        return {"middle_block", *(f"{side}.{i}" for side in ("input_blocks", "output_blocks") for i in range(len(getattr(self, side))))}
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None, *, map_pixels: int = 0,
-                keep: Callable[[Maps], Any] = all_of_it) -> tuple[Tensor, list]:
+                keep: Callable[[Maps], Any] = all_of_it, shares: Tensor | None = None, perturbed: int = 0,
+                layers: Collection[str] = ()) -> tuple[Tensor, list]:
         """Noisy latents x (b c h w), timesteps t (b), context (r*b t d), vector (r*b v) -> prediction (r*b c h w), kept maps.
 
         The context may hold r rows for every x, row by row for the whole batch: x is expanded where they first differ.
         Blocks of at most `map_pixels` pixels also compute their Maps; the list holds keep(maps) of each, in the order
         in which the blocks run. The prediction comes from fused attention in either case.
+        shares (r*b k h w): how much each of the context's k equal parts counts at a pixel, one at least more than nothing; maps
+        are those of the first part as if it were alone. perturbed: so many of the last rows have no maps and, in the blocks
+        named by `layers` ("middle_block", "input_blocks.4"), identity self-attention.
         """
-        capture = Capture(map_pixels, keep)
+        if perturbed and (unknown := set(layers) - self.block_names()):
+            raise ValueError(f"this U-Net has no block {', '.join(sorted(unknown))}: it has {', '.join(sorted(self.block_names()))}")
+        asked = Asked(context, shares, map_pixels, keep, len(context) - perturbed)
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if (vector is None) == bool(self.config.vector_dim):
             raise ValueError(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its context")
         if vector is not None:
             embedding = expand(embedding, len(vector)) + self.label_emb(vector)
             x = expand(x, len(vector))
+
+        def at(name: str) -> Asked:
+            return asked._replace(alone=perturbed) if name in layers else asked
         kept, skips = [], []
-        for block in self.input_blocks:
-            x, maps = block(x, embedding, context, capture)
+        for i, block in enumerate(self.input_blocks):
+            x, maps = block(x, embedding, at(f"input_blocks.{i}"))
             kept += maps
             skips.append(x)
-        x, maps = self.middle_block(x, embedding, context, capture)
+        x, maps = self.middle_block(x, embedding, at("middle_block"))
         kept += maps
-        for block in self.output_blocks:
+        for i, block in enumerate(self.output_blocks):
             x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
-            x, maps = block(x, embedding, context, capture, skips[-1].shape[-2:] if skips else None)
+            x, maps = block(x, embedding, at(f"output_blocks.{i}"), skips[-1].shape[-2:] if skips else None)
             kept += maps
         return self.out(x), kept

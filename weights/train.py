@@ -250,8 +250,8 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
     model = Denoiser(config).to(device)
     start_as_identity(model.unet)
     nn.init.zeros_(model.unet.out[2].weight)
-    tokens = [model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")]
-    empty = model.text.tokenize("")[0]
+    tokens = [model.text.tokenize(flatland.compose(seed).caption).chunks[0] for seed in trange(count, desc="captions")]
+    empty = model.text.tokenize("").chunks[0]
     every = FLATLAND.size[0] // CELLS
     cells = torch.from_numpy((scenes(count)[1][:, every // 2::every, every // 2::every].reshape(count, -1).astype(int) + 7) // 8)   # 0, or 1 + object
     alphas = torch.tensor(1 / (noise.sigma_table() ** 2 + 1), dtype=torch.float32)

@@ -104,7 +104,7 @@ def their_step(unet: nn.Module, config: Config, x: Tensor, prompt: Prompt, expli
         scaled = (x / math.sqrt(SIGMA ** 2 + 1)).to(unet.dtype)
         out = unet(torch.cat([scaled] * 2), t, encoder_hidden_states=context, added_cond_kwargs=added).sample
         uncond, cond = out.float().chunk(2)
-        scale = SCFG(GAMMA)(cond - uncond, segment(explicit.maps())) if explicit else GAMMA
+        scale = SCFG(GAMMA)(cond - uncond, segment(explicit.maps()), SIGMA) if explicit else GAMMA
         return to_x0(x, SIGMA, uncond + scale * (cond - uncond), "eps")
     return step
 

@@ -72,7 +72,7 @@ def part_added(args: argparse.Namespace) -> dict[str, Any]:
         for (n, _, _), (q, k, words) in zip(sizes, given):
             grid = (int(n ** 0.5),) * 2
             completed.append(recipe.complete(Maps(mean_probabilities(q, k), mean_probabilities(q, words), grid)))
-        1 + rule(difference, recipe.assign(completed))
+        1 + rule(difference, recipe.assign(completed), 1.0)
 
     seconds = alternated({"S-CFG": lambda: added(OFFICIAL, SCFG(GAMMA)), "S-CFG, paper": lambda: added(PAPER, SCFG.paper(GAMMA))}, 4 * args.rounds)
     return {"blocks": len(sizes), "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}}
@@ -95,7 +95,7 @@ def part_memory(args: argparse.Namespace) -> dict[str, Any]:
                     pixels, keep = ((side // config.map_divisor) ** 2, recipe.complete) if recipe else (0, None)
                     out, kept = unet(x, torch.ones(1), torch.cat([*prompt.context.values()]), vector, map_pixels=pixels, keep=keep)
                     uncond, cond = out.chunk(2)
-                    scale = SCFG(GAMMA)(cond - uncond, recipe.assign(kept)) if recipe else GAMMA
+                    scale = SCFG(GAMMA)(cond - uncond, recipe.assign(kept), 1.0) if recipe else GAMMA
                     uncond + scale * (cond - uncond)
                 peaks.append(counted.peak / 1e6)
                 del out, kept, uncond, cond, scale
