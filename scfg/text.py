@@ -32,7 +32,7 @@ WRAPPED = 20                                          # tokens after a comma tha
 class Part(NamedTuple):
     """An area's own text, from `start` to `end`, shares of the run counted in timesteps."""
     area: Area
-    text: str
+    text: str | tuple[str, ...]                       # one for all pictures, or one for each
     base: float = 0.0                                 # how much the whole picture's prompt still counts there
     start: float = 0.0
     end: float = 1.0
@@ -273,7 +273,7 @@ class Text(nn.Module):
         if negatives is not None:
             told["uncond"] = list(map(self.tokenize, negatives))
         for i, part in enumerate(parts):
-            told[f"part {i}"] = [self.tokenize(part.text)]
+            told[f"part {i}"] = [self.tokenize(part.text)] if isinstance(part.text, str) else list(map(self.tokenize, part.text))
         self.warn_of_unseen([word for row in told.values() for tokens in row for word in tokens.words])
         chunks = max(len(tokens.chunks) for row in told.values() for tokens in row)
         found = {row: self.encode_chunks(tokens, chunks, device, skip) for row, tokens in told.items()}

@@ -1,4 +1,4 @@
-"""Measure the embedded model: python -m scfg.evaluate flatland, python -m scfg.evaluate segment."""
+"""Measure the embedded model: python -m scfg.evaluate flatland, segment or regions."""
 import argparse
 import hashlib
 import json
@@ -12,7 +12,7 @@ import torch
 from ..config import BadInput
 from ..diffusion import SAMPLERS, embedded_checkpoint, load
 from ..guidance import NAMED
-from . import flatland, segment
+from . import flatland, regions, segment
 from .judge import load_judge
 
 
@@ -45,9 +45,10 @@ def parse() -> argparse.Namespace:
     pictures.add_argument("--scale", type=scale, help="(default: the best of some on captions that are not scored)")
     pictures.add_argument("--steps", type=at_least_one, default=20)
     pictures.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m")
-    regions = kinds.add_parser("segment", help="compare attention's regions with the masks that scenes were drawn by")
-    for kind, what in ((pictures, "captions of either kind"), (regions, "scenes")):
-        kind.add_argument("--count", type=at_least_one, default=512, help=f"{what} to score (default: %(default)s)")
+    maps = kinds.add_parser("segment", help="compare attention's regions with the masks that scenes were drawn by")
+    guided = kinds.add_parser("regions", help="double one word's scale, and ask for another colour inside a mask")
+    for kind, what, many in ((pictures, "captions of either kind", 512), (maps, "scenes", 512), (guided, "pictures that are wholly right", 200)):
+        kind.add_argument("--count", type=at_least_one, default=many, help=f"{what} to score (default: %(default)s)")
         kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         kind.add_argument("--output", type=Path, default=Path("out/evaluate"), help="folder for what is found (default: %(default)s)")
     return parser.parse_args()
@@ -77,6 +78,13 @@ def run_segment(args: argparse.Namespace) -> None:
     write(args.output / "segment.json", result)
 
 
+def run_regions(args: argparse.Namespace) -> None:
+    result, sheet = regions.evaluate(load(device=args.device), load_judge(), args.count)
+    print(regions.table(result))
+    write(args.output / "regions.json", result)
+    sheet.save(args.output / "regions.png")
+
+
 def write(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
     print(path)
@@ -86,11 +94,11 @@ def main() -> None:
     args = parse()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        {"flatland": run_flatland, "segment": run_segment}[args.kind](args)
+        {"flatland": run_flatland, "segment": run_segment, "regions": run_regions}[args.kind](args)
     except (BadInput, FloatingPointError, OSError) as error:
         Parser(prog="python -m scfg.evaluate").error(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted; flatland goes on from the pictures made, segment begins anew", file=sys.stderr)
+        print("\ninterrupted; flatland goes on from the pictures made, the others begin anew", file=sys.stderr)
         sys.exit(130)
 
 

@@ -14,8 +14,7 @@ from ..diffusion import Diffusion
 from ..flatland import Scene, compose, render
 from ..guidance import CFG
 from ..noise import SIGMAS
-from ..segment import OFFICIAL, PAPER, Regions
-from ..text import Word
+from ..segment import OFFICIAL, PAPER, Regions, Word
 from .flatland import BATCH, CHOICE, CHOICE_COUNT, HELD_OUT
 
 TIMESTEPS = range(100, 1000, 100)                     # noise levels to choose from
@@ -80,7 +79,7 @@ def ious(model: Diffusion, scenes: Sequence[Scene], t: int) -> dict[str, np.ndar
         maps = model.denoiser(prompt, CFG(1.0), maps=True)(clean + sigma * noise.to(clean.device), sigma, None).maps
         regions = {name: recipe.assign([recipe.complete(block) for block in maps]) for name, recipe in rules.items()}
         for i, (scene, truth) in enumerate(zip(some, truths)):
-            own = {name: Regions(*(values[i].cpu() for values in r)) for name, r in regions.items()}
+            own = {name: Regions(*(values[i].cpu() for values in r[:3])) for name, r in regions.items()}
             found.append(scene_ious(scene, prompt.words[i], own, torch.from_numpy(truth)))
     return {name: np.array([figures[name] for figures in found]) for name in found[0]}
 

@@ -1,0 +1,127 @@
+"""What regions are good for, judged: one word's scale doubled, and another colour asked for where a thing stands."""
+from collections.abc import Iterator, Sequence
+from itertools import count as from_
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..area import Area, Region, mask, words
+from ..diffusion import Diffusion
+from ..flatland import COLOURS, UNSEEN_KINDS, Scene, compose
+from ..guidance import SCFG, ByRegion, ScaleRule
+from ..segment import Regions
+from ..text import Part
+from .flatland import BATCH, HELD_OUT, Share, contact_sheet
+from .judge import Judge, Reading, verdict
+
+STEPS = 20
+SHOWN = 24
+MARGIN = 9                                            # pixels: the window by whose maximum a thing's mask grows
+
+
+class Made(NamedTuple):
+    """A scene of two things, painted."""
+    scene: Scene
+    picture: Tensor                                   # (3 h w)
+    reading: Reading
+
+
+def paint(model: Diffusion, judge: Judge, scenes: Sequence[Scene], rule: ScaleRule, parts: Sequence[Part] = ()) -> list[Made]:
+    prompt = model.prompt([scene.caption for scene in scenes], parts=parts)
+    *_, step = model.sample(prompt, rule, steps=STEPS, seeds=[scene.seed for scene in scenes])
+    pictures = model.decode(step.latent).cpu()
+    return list(map(Made, scenes, pictures, judge.read(pictures)))
+
+
+def in_batches(made: Sequence[Made], what: str) -> Iterator[Sequence[Made]]:
+    for first in tqdm(range(0, len(made), BATCH), desc=what, leave=False):
+        yield made[first:first + BATCH]
+
+
+def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], int]:
+    """So many scenes of two things of different kinds whose pictures are wholly right, and how many it took."""
+    scenes, found, tried = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name), [], 0
+    with tqdm(total=count, desc="pictures that are wholly right") as progress:
+        while len(found) < count:
+            made = paint(model, judge, list(islice(scenes, BATCH)), SCFG(model.config.scale))
+            right = [one for one in made if verdict(one.scene, one.reading).whole]
+            found, tried = found + right, tried + len(made)
+            progress.update(len(right))
+    return found, tried
+
+
+def of_each(areas: Sequence[Area]) -> Area:
+    """One area for each picture of a batch."""
+    def of(regions: Regions) -> Tensor:
+        own = [Regions(*(values[i:i + 1] for values in regions)) for i in range(len(areas))]
+        return torch.cat([area.of(one) for area, one in zip(areas, own)])
+    return Area(of, "a word of each picture", needs_regions=True)
+
+
+def doubled(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made]:
+    """The same pictures with the first thing's scale doubled, wherever its words are."""
+    after = []
+    for some in in_batches(before, "one word's scale doubled"):
+        area = of_each([words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some])
+        after += paint(model, judge, [one.scene for one in some], ByRegion(SCFG(model.config.scale), (Region(area, times=2.0),)))
+    return after
+
+
+def other_colour(scene: Scene) -> str:
+    """A colour that neither thing has, and that training showed the first one in."""
+    first, taken = scene.things[0].name, {thing.colour for thing in scene.things}
+    free = [colour for colour in COLOURS if colour not in taken and (first, colour) not in UNSEEN_KINDS]
+    return free[scene.seed % len(free)]
+
+
+def recoloured(scene: Scene) -> Scene:
+    """What the picture shows if the first thing has the other colour."""
+    return scene._replace(things=(scene.things[0]._replace(colour=other_colour(scene)), scene.things[1]))
+
+
+def mask_of_first(made: Made) -> Tensor:
+    """(1 h w) where the first thing stands, and a margin."""
+    first = next(thing for thing in made.reading.things if (thing.name, thing.colour) == made.scene.things[0][:2])
+    return F.max_pool2d(first.mask[None].float(), MARGIN, 1, MARGIN // 2)
+
+
+def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made]:
+    """The same pictures, where the first thing stood told of it in another colour."""
+    after = []
+    for some in in_batches(before, "another colour inside a mask"):
+        area = mask(torch.stack([mask_of_first(one) for one in some]))
+        texts = tuple(one.scene._replace(things=recoloured(one.scene).things[:1], relation=None).caption for one in some)
+        after += paint(model, judge, [one.scene for one in some], SCFG(model.config.scale), [Part(area, texts)])
+    return after
+
+
+def colour_inside(made: Made, area: Tensor) -> str | None:
+    """The colour of the thing that covers most of the area (1 h w)."""
+    covers = [(thing.mask.float() * area[0]).sum().item() for thing in made.reading.things]
+    return made.reading.things[covers.index(max(covers))].colour if covers and max(covers) > 0 else None
+
+
+def evaluate(model: Diffusion, judge: Judge, count: int) -> tuple[dict[str, Any], Image.Image]:
+    before, tried = wholly_right(model, judge, count)
+    twice, asked = doubled(model, judge, before), asked_for(model, judge, before)
+    other_stays = [(v.objects[1], v.colours[1]) == (True, True) for v in (verdict(one.scene, one.reading) for one in twice)]
+    appears = [colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(asked, before)]
+    verdicts = [verdict(recoloured(one.scene), one.reading) for one in asked]
+    others_stay = [all((v.objects[0], v.objects[1], v.colours[1], v.background, v.relation)) for v in verdicts]
+    changed = [(one.picture - base.picture).abs().mean().item() for one, base in zip(twice, before)]
+    rows = {"pictures wholly right as they are": (count, tried), "one word's scale doubled: the other thing's attributes stay": (sum(other_stays), count),
+            "asked colour inside the mask": (sum(appears), count), "asked colour: all other attributes stay": (sum(others_stay), count)}
+    shown = [one for trio in zip(before, twice, asked) for one in trio][:SHOWN]
+    captions = [text for one in before for text in (one.scene.caption, f"{one.scene.things[0].name} twice", f"asked: {other_colour(one.scene)}")]
+    sheet = contact_sheet(torch.stack([one.picture for one in shown]), captions[:len(shown)], columns=6)
+    return {"count": count, "mean change where a scale was doubled": sum(changed) / count,
+            "figures": {name: Share(right, of, of)._asdict() for name, (right, of) in rows.items()}}, sheet
+
+
+def table(result: dict[str, Any]) -> str:
+    return "\n".join(f"{name:<62} {Share(**share)}" for name, share in result["figures"].items())
