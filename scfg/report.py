@@ -8,7 +8,7 @@ from einops import rearrange
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
-from .text import Word
+from .segment import Word
 
 PANEL = 384                                           # pixels along the longer side of a shown picture
 MARGIN, LINE = 16, 20
@@ -19,7 +19,7 @@ WORD_COLOURS = [(230, 60, 60), (60, 110, 230), (250, 190, 40), (40, 160, 90), (1
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], float)
 
 
-class Area(NamedTuple):
+class Named(NamedTuple):
     name: str
     mask: np.ndarray                                  # (h w) bool
     colour: tuple[int, int, int]
@@ -33,7 +33,7 @@ def word_colour(text: str, otherwise: tuple[int, int, int]) -> tuple[int, int, i
         return otherwise
 
 
-def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
+def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Named]:
     """Token scores (t h w) -> the areas of the start token, of every word, and of the end with its padding.
 
     A pixel belongs to its best token, a word owns the pixels of all its tokens; words without a pixel are left out.
@@ -42,7 +42,7 @@ def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Area]:
     after = max((word.stop for word in words), default=1)
     spans = [("start token", 0, 1, START), ("end and padding", after, scores.shape[0], END)]
     spans += [(*word, word_colour(word.text, colour)) for word, colour in zip(words, cycle(WORD_COLOURS))]
-    areas = [Area(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
+    areas = [Named(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
     return [area for area in areas if area.mask.any()]
 
 
@@ -62,7 +62,7 @@ def coloured(values: np.ndarray, low: float, high: float) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
-def panels(image: Image.Image, areas: Sequence[Area], scale: np.ndarray, longer: int = PANEL) -> tuple[Image.Image, Image.Image, Image.Image]:
+def panels(image: Image.Image, areas: Sequence[Named], scale: np.ndarray, longer: int = PANEL) -> tuple[Image.Image, Image.Image, Image.Image]:
     """The picture, its areas over it, and the scale map (h w), each with a longer side of that many pixels."""
     zoom = longer / max(image.size)
     size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))

@@ -45,6 +45,18 @@ def test_every_guidance_in_batches_of_any_size(tmp_path, guidance, capsys):
     assert not np.array_equal(*(np.asarray(Image.open(tmp_path / "a" / name)) for name in names[:2]))
 
 
+def test_everything_together_in_one_command(tmp_path):
+    Image.new("L", (64, 64), 255).save(tmp_path / "all.png")
+    words = ["--direction", "apg", "--pag", "2", "--rescale", "0.7", "--interval", "0.3", "9", "--region", "car:scale=9", "--region",
+             f"{tmp_path / 'all.png'} & ~foreground:times=0.5,end=0.6,base=0.5,feather=2,prompt=a pink fish, at sea"]
+    for folder in "ab":
+        sample.run(sample.parse([*words, "--steps", "4", "--out", str(tmp_path / folder)]))
+    pictures = [Image.open(tmp_path / folder / "00000-0.png") for folder in "ab"]
+    assert np.array_equal(*map(np.asarray, pictures))
+    facts = pictures[0].text["parameters"]
+    assert "Direction: apg, PAG scale: 2.0, CFG Rescale phi: 0.7, Interval: 0.3 to 9" in facts and "'car:scale=9'" in facts
+
+
 def test_earlier_pictures_stay(tmp_path):
     for _ in range(2):
         sample.run(sample.parse(["--steps", "1", "--out", str(tmp_path)]))
@@ -74,6 +86,13 @@ WRONG = {
     "no tokenizer": (["--tokenizer", "absent"], "no tokenizer"),
     "no folder": (["--out", "/proc/pictures"], "choose another with --out"),
     "a file as folder": (["--out", __file__], "choose another with --out"),
+    "absent word": (["--region", "tree:scale=9"], "'tree' is not in the prompt, whose words are: a red car left of"),
+    "absent mask": (["--region", "sky.png:scale=9"], "sky.png is no picture to be used as a mask"),
+    "empty region": (["--region", "car"], "asks for nothing: give a scale, times or a prompt"),
+    "no area": (["--region", ":scale=9"], "an area is a word of the prompt"),
+    "odd option": (["--region", "car:colour=red"], "asks for 'colour'"),
+    "odd value": (["--region", "car:scale=big"], "'big' is no number from 0 to 1000"),
+    "two times": (["--interval", "1", "2", "--ramp", "linear"], "not allowed with argument"),
     "no text tower": (["--checkpoint", str(DATA / "tiny_sd1.safetensors")], "no text tower"),
 }
 
