@@ -69,13 +69,18 @@ def mask(picture: str | Path | Tensor) -> Area:
         if values.shape[1] != 1 or not 0 <= values.min() <= values.max() <= 1:
             raise BadInput(f"a mask is (h w) or (b 1 h w) with values from 0 to 1, not {tuple(picture.shape)} "
                            f"from {picture.min():g} to {picture.max():g}")
-        return Area(lambda regions: values, "a mask")
+        return Area(lambda regions: beside(values, regions), "a mask")
     try:
         with Image.open(picture) as image:
             values = torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32))[None, None] / 255
     except OSError as error:
         raise BadInput(f"{picture} is no picture to be used as a mask: {error}") from None
-    return Area(lambda regions: values, str(picture))
+    return Area(lambda regions: beside(values, regions), str(picture))
+
+
+def beside(values: Tensor, regions: Regions | None) -> Tensor:
+    """On the device where the regions are."""
+    return values if regions is None else values.to(regions.scores.device)
 
 
 def foreground() -> Area:

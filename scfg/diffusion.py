@@ -64,7 +64,7 @@ def joined(told: Prompt, halves: Sequence[str], sigma: float, regions: Regions |
     A part outside its time, or of a word that was not segmented yet, has no area. The unconditional row has one text everywhere.
     """
     plain, pictures = torch.cat([told.context[half] for half in halves]), len(told.context["cond"])
-    known = [(f"part {i}", part.base, part.area(regions, size).to(plain).expand(pictures, 1, *size)) for i, part in enumerate(told.parts)
+    known = [(f"part {i}", part.base, part.area(regions, size).to(plain.device, torch.float32).expand(pictures, 1, *size)) for i, part in enumerate(told.parts)
              if part.start <= elapsed(sigma) <= part.end and (regions or not part.area.needs_regions)]
     acting = [one for one in known if one[2].any()]
     if not acting:
