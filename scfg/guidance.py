@@ -53,7 +53,7 @@ class SCFG:
     limits: tuple[float, float] | None = (0.8, 3.0)   # of the rate, before
     ceiling: float | None = 15.0                      # that of gamma * rate
     smooth: bool = True                               # blur the rate at latent size
-    contrast: float = 1.0                             # of the regions' scores, below which the rate is one (Regions.contrast)
+    contrast: float = 1.31                            # below which a picture's maps say nothing; 0 is what the authors' program does
 
     @classmethod
     def paper(cls, gamma: float = 7.5) -> "SCFG":
