@@ -25,7 +25,7 @@ SAMPLER_NAMES = {                                                 # as Stable Di
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun",
     "unipc": "UniPC", "ddim": "DDIM"}
 DIRECTIONS = {"apg": scfg.APG(), "zero": scfg.ZeroStar()}
-NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
+NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, {c.guidance} at scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
                    for c in (*scfg.config.FAMILIES, scfg.config.FLATLAND))
 LARGEST_SIDE = 8192
 EXAMPLE = "'car:scale=9' or 'sky.png & ~car:start=0.2,end=0.6,prompt=a night sky'"
@@ -98,8 +98,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
     add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
-    add("--guidance", choices=NAMED, default="scfg",
-        help="one scale a region, by the authors' program, their paper or their mean; or plain (default: %(default)s)")
+    add("--guidance", choices=NAMED, help="one scale a region, by the authors' program, their paper, their mean or the conditional half's "
+        "foreground; or plain (default: the family's own, see below)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add("--region", type=region, action="append", default=[], metavar="AREA:...",
         help="a scale, or times, or a prompt for a word's area, a mask file's, the foreground or what | & ~ make of them, with start, end, "
@@ -207,6 +207,7 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     model, prompt = load(args.checkpoint, prediction=args.prediction, vae=args.vae)
     for phrase in (phrase for asked in args.region for phrase in asked.area.phrases):
         places(prompt.words[0], phrase)                                       # a word that is not there, said before any work
+    args.guidance = args.guidance or model.config.guidance
     args.scale = model.config.scale if args.scale is None else args.scale
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)

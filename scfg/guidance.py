@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .area import Region, elapsed
-from .segment import OFFICIAL, PAPER, Regions, Segmentation, blur
+from .segment import CONDITIONAL, OFFICIAL, PAPER, Regions, Segmentation, blur
 
 
 class Guided(NamedTuple):
@@ -45,7 +45,7 @@ class SCFG:
     """Semantic-aware guidance (arXiv 2404.05384): every region's share of the difference is brought to one level.
 
     SCFG(7.5) is what the authors' program computes, SCFG.paper(7.5) what their paper says, SCFG.mean(7.5) the former
-    with the whole picture as benchmark. Where a picture's maps are too flat to say anything, it is plain CFG.
+    with the whole picture as benchmark, SCFG.conditional(7.5) with the conditional half's foreground. Where a picture's maps are too flat to say anything, it is plain CFG.
     """
     gamma: float = 7.5
     segmentation: Segmentation = OFFICIAL
@@ -58,6 +58,10 @@ class SCFG:
     @classmethod
     def paper(cls, gamma: float = 7.5) -> "SCFG":
         return cls(gamma, PAPER, limits=None, ceiling=None, smooth=False)
+
+    @classmethod
+    def conditional(cls, gamma: float = 7.5) -> "SCFG":
+        return cls(gamma, CONDITIONAL)
 
     @classmethod
     def mean(cls, gamma: float = 7.5) -> "SCFG":
@@ -163,7 +167,7 @@ class Product:
 
 
 ScaleRule = CFG | SCFG | Energy | ByRegion | Product
-NAMED: dict[str, Callable[[float], ScaleRule]] = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "cfg": CFG}
+NAMED: dict[str, Callable[[float], ScaleRule]] = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "scfg-cond": SCFG.conditional, "cfg": CFG}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Attention maps -> regions of the forming picture (S-CFG, arXiv 2404.05384, section 3.2)."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,6 +85,7 @@ class Segmentation:
 
 
 OFFICIAL = Segmentation(powers=(1 / 4, 3 / 4), smooth=True, normalise="mean", ties=True, foreground="uncond")
+CONDITIONAL = replace(OFFICIAL, foreground="cond")
 PAPER = Segmentation(powers=(1 / 4,) * 4, smooth=False, normalise="sum", ties=False, foreground="assigned")
 
 

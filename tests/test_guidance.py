@@ -9,7 +9,7 @@ from scfg import (APG, CFG, OFFICIAL, PAG, PAPER, SCFG, ByRegion, Energy, Guidan
                   segment)
 from scfg.noise import SIGMAS
 
-RECIPES = [SCFG, SCFG.paper, SCFG.mean]
+RECIPES = [SCFG, SCFG.paper, SCFG.mean, SCFG.conditional]
 
 
 @pytest.mark.parametrize("gamma", [3.0, 7.5, 20.0])

@@ -31,7 +31,7 @@ def test_the_bare_command_makes_a_picture_and_its_regions(tmp_path):
     assert facts.startswith("Steps: 30, Sampler: DPM++ 2M, CFG scale: ") and "Seed: 0, Size: 64x64, Model: Flatland" in facts
 
 
-@pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "scfg-mean", "cfg"])
+@pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "scfg-mean", "scfg-cond", "cfg"])
 def test_every_guidance_in_batches_of_any_size(tmp_path, guidance, capsys):
     words = ["a blue fish at sea", "--guidance", guidance, "--count", "3", "--steps", "3" if guidance == "cfg" else "1", "--seed", "7", "--out"]
     sample.run(sample.parse([*words, str(tmp_path / "a"), "--batch", "2"]))
@@ -119,4 +119,4 @@ def test_help_names_the_world_and_what_is_native(capsys):
     with pytest.raises(SystemExit):
         sample.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "mushroom" in said and "SDXL 1024x1024, scale 5, trailing spacing" in said
+    assert "mushroom" in said and "SDXL 1024x1024, scfg at scale 5, trailing spacing" in said

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..area import Area, Region, mask, words
 from ..diffusion import Diffusion
 from ..flatland import COLOURS, UNSEEN_KINDS, Scene, compose
-from ..guidance import SCFG, ByRegion, ScaleRule
+from ..guidance import NAMED, ByRegion, ScaleRule
 from ..segment import Regions
 from ..text import Part
 from .flatland import BATCH, HELD_OUT, Share, contact_sheet
@@ -48,7 +48,7 @@ def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made]
     scenes, found, tried = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name), [], 0
     with tqdm(total=count, desc="pictures that are wholly right") as progress:
         while len(found) < count:
-            made = paint(model, judge, list(islice(scenes, BATCH)), SCFG(model.config.scale))
+            made = paint(model, judge, list(islice(scenes, BATCH)), NAMED[model.config.guidance](model.config.scale))
             right = [one for one in made if verdict(one.scene, one.reading).whole]
             found, tried = found + right, tried + len(made)
             progress.update(len(right))
@@ -68,7 +68,7 @@ def doubled(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made
     after = []
     for some in in_batches(before, "one word's scale doubled"):
         area = of_each([words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some])
-        after += paint(model, judge, [one.scene for one in some], ByRegion(SCFG(model.config.scale), (Region(area, times=2.0),)))
+        after += paint(model, judge, [one.scene for one in some], ByRegion(NAMED[model.config.guidance](model.config.scale), (Region(area, times=2.0),)))
     return after
 
 
@@ -96,7 +96,7 @@ def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Ma
     for some in in_batches(before, "another colour inside a mask"):
         area = mask(torch.stack([mask_of_first(one) for one in some]))
         texts = tuple(one.scene._replace(things=recoloured(one.scene).things[:1], relation=None).caption for one in some)
-        after += paint(model, judge, [one.scene for one in some], SCFG(model.config.scale), [Part(area, texts)])
+        after += paint(model, judge, [one.scene for one in some], NAMED[model.config.guidance](model.config.scale), [Part(area, texts)])
     return after
 
 

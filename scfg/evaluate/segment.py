@@ -1,6 +1,5 @@
 """Do attention maps show where things are? Noised held-out scenes under their own captions, against the masks they were drawn by."""
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from ..diffusion import Diffusion
 from ..flatland import Scene, compose, render
 from ..guidance import CFG
 from ..noise import SIGMAS
-from ..segment import OFFICIAL, PAPER, Regions, Word
+from ..segment import CONDITIONAL, OFFICIAL, PAPER, Regions, Word
 from .flatland import BATCH, CHOICE, CHOICE_COUNT, HELD_OUT
 
 TIMESTEPS = range(100, 1000, 100)                     # noise levels to choose from
@@ -69,7 +68,7 @@ def scene_ious(scene: Scene, words: Sequence[Word], regions: dict[str, Regions],
 @torch.no_grad()
 def ious(model: Diffusion, scenes: Sequence[Scene], t: int) -> dict[str, np.ndarray]:
     """Every figure for every scene, at one timestep of noise."""
-    rules, sigma, found = RECIPES | {"conditional half": replace(OFFICIAL, foreground="cond")}, float(SIGMAS[t]), []
+    rules, sigma, found = RECIPES | {"conditional half": CONDITIONAL}, float(SIGMAS[t]), []
     for first in tqdm(range(0, len(scenes), BATCH), desc=f"timestep {t}", leave=False):
         some = scenes[first:first + BATCH]
         drawn, truths = zip(*(render(scene, model.config.size) for scene in some))
