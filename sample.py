@@ -92,12 +92,8 @@ def region(text: str) -> Asked:
     return Asked(text, guided, scfg.Part(area, prompt, base, **when) if prompt else None)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, epilog=f"Native to the families: {NATIVE}. The embedded model, Flatland, knows these words: "
-                    f"{' '.join(WORDS)}.")
+def add_guidance(parser: Parser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
-    add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
     add("--guidance", choices=NAMED, help="one scale a region, by the authors' program, their paper, their mean or the conditional half's "
         "foreground; or plain (default: the family's own, see below)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
@@ -110,6 +106,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     when = parser.add_mutually_exclusive_group()
     when.add_argument("--interval", type=number(float, 0, 1000), nargs=2, metavar=("LOW", "HIGH"), help="guide at noise levels sigma in (LOW, HIGH] only")
     when.add_argument("--ramp", choices=["linear", "cosine"], help="guide from not at all to twice as strongly as time goes by")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, epilog=f"Native to the families: {NATIVE}. The embedded model, Flatland, knows these words: "
+                    f"{' '.join(WORDS)}.")
+    add = parser.add_argument
+    add("prompt", nargs="?", default="a red car left of a blue star on grass", help="what the picture shows (default: %(default)s)")
+    add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
+    add_guidance(parser)
     add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="how to go from noise to picture (default: %(default)s)")
     add("--spacing", choices=["leading", "linspace", "trailing", "karras"],
         help="of the noise levels (default: the family's own or, where that is the usual, leading for ddim and linspace for others)")

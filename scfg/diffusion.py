@@ -259,10 +259,11 @@ class Diffusion:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent (b c h w) -> pictures (b 3 H W) in [0, 1]; beyond WHOLE latent pixels in bands, which saves memory and changes nothing."""
+        """Latent (b c h w) -> pictures (b 3 H W) in [0, 1]; one by one beyond WHOLE latent pixels, larger ones in bands: less memory."""
         dtype = self.vae.quant_conv.weight.dtype
-        rows = 64 if latent.shape[2] * latent.shape[3] > WHOLE else None
-        image = self.vae.decode((latent / self.config.latent_scale).to(dtype), rows).float()
+        latent, pixels = (latent / self.config.latent_scale).to(dtype), latent.shape[2] * latent.shape[3]
+        several = latent.split(max(1, WHOLE // pixels))
+        image = torch.cat([self.vae.decode(some, 32 if pixels > WHOLE else None) for some in several]).float()
         if not image.isfinite().all():
             raise FloatingPointError(f"decoding gave numbers that are not finite in {dtype}: try --dtype float32 or bfloat16")
         return (image / 2 + 0.5).clamp(0, 1)

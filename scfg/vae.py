@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (rearrange(to(h), "b c h w -> b 1 (h w) c") for to in (self.q, self.k, self.v))
+        q, k, v = (rearrange(to(h), "b c h w -> b 1 (h w) c").contiguous() for to in (self.q, self.k, self.v))   # fused attention wants it so
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
@@ -143,7 +143,7 @@ def affine(norm: nn.GroupNorm, parts: Iterable[Band]) -> tuple[Tensor, Tensor]:
     deviation = (squares / count - mean ** 2 + norm.eps).sqrt()
     mean, deviation = (repeat(of_group, "b g -> b (g c) 1 1", c=len(norm.weight) // norm.num_groups) for of_group in (mean, deviation))
     scale = norm.weight[:, None, None] / deviation
-    return scale.to(norm.weight.dtype), (norm.bias[:, None, None] - mean * scale).to(norm.weight.dtype)
+    return scale.float(), (norm.bias[:, None, None] - mean * scale).float()
 
 
 def block_in_bands(block: ResBlock, x: Tensor, upsample: Upsample | None, rows: int) -> Tensor:
@@ -153,12 +153,12 @@ def block_in_bands(block: ResBlock, x: Tensor, upsample: Upsample | None, rows: 
     keeps_x = upsample is None and isinstance(block.nin_shortcut, nn.Identity)
     h, out = x.new_empty(whole), x if keeps_x else x.new_empty(whole)
     for band in bands(x, upsample, rows):
-        h[:, :, band.rows] = block.conv1(F.silu(band.x * scale + shift))[:, :, band.own]
+        h[:, :, band.rows] = block.conv1(F.silu(band.x * scale + shift).to(x.dtype))[:, :, band.own]
         if not keeps_x:
             out[:, :, band.rows] = block.nin_shortcut(band.x[:, :, band.own])
     scale, shift = affine(block.norm2, bands(h, None, rows))
     for band in bands(h, None, rows):
-        out[:, :, band.rows] += block.conv2(F.silu(band.x * scale + shift))[:, :, band.own]
+        out[:, :, band.rows] += block.conv2(F.silu(band.x * scale + shift).to(x.dtype))[:, :, band.own]
     return out
 
 
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         scale, shift = affine(self.norm_out, bands(h, None, rows))
         image = h.new_empty(len(h), 3, *h.shape[2:])
         for band in bands(h, None, rows):
-            image[:, :, band.rows] = self.conv_out(F.silu(band.x * scale + shift))[:, :, band.own]
+            image[:, :, band.rows] = self.conv_out(F.silu(band.x * scale + shift).to(h.dtype))[:, :, band.own]
         return image
 
 
@@ -210,5 +210,7 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, rows: int | None = None) -> Tensor:
         """Unscaled latent (b c h w) -> image (b 3 f*h f*w), about [-1, 1]; rows: so many at a time, for large pictures."""
+        if rows and rows % 2:
+            raise ValueError(f"bands have an even number of rows, not {rows}")
         latent = self.post_quant_conv(latent)
         return self.decoder.in_bands(latent, rows) if rows else self.decoder(latent)

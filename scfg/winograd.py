@@ -15,15 +15,18 @@ INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve x (b c h w), h and w even, with weight (k c 3 3), zeros around: tiles of 4x4, two apart, give 2x2 each."""
+    """Convolve x (b c h w) with weight (k c 3 3), zeros around: tiles of 4x4, two apart, give 2x2 each; what odd sides have over is cut off."""
+    h, w = x.shape[2:]
     kernels = (KERNEL @ rearrange(weight, "k c i j -> (i j) (k c)")).view(16, *weight.shape[:2])
-    tiles = F.pad(x, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)            # (b c y x 4 4), nothing copied yet
-    bands = []
-    for band in tiles.split(max(1, TILES // (len(x) * tiles.shape[3])), dim=2):
+    tiles = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2)).unfold(2, 4, 2).unfold(3, 4, 2)            # (b c y x 4 4), nothing copied yet
+    out = x.new_empty(len(x), len(weight), 2 * tiles.shape[2], 2 * tiles.shape[3])
+    rows = max(1, TILES // (len(x) * tiles.shape[3]))
+    for top in range(0, tiles.shape[2], rows):
+        band = tiles[:, :, top:top + rows]
         products = kernels @ (INPUT @ rearrange(band, "b c y x i j -> (i j) (c b y x)")).view(16, x.shape[1], -1)
-        bands.append(rearrange(OUTPUT @ products.flatten(1), "(i j) (k b y x) -> b k (y i) (x j)",
-                               i=2, k=len(weight), b=len(x), x=tiles.shape[3]))
-    return torch.cat(bands, dim=2) + bias[:, None, None]
+        out[:, :, 2 * top:2 * (top + rows)] = rearrange(OUTPUT @ products.flatten(1), "(i j) (k b y x) -> b k (y i) (x j)",
+                                                        i=2, k=len(weight), b=len(x), x=tiles.shape[3])
+    return out.add_(bias[:, None, None])[:, :, :h, :w]
 
 
 class Conv3x3(nn.Conv2d):
@@ -32,7 +35,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pays = min(self.weight.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1] and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        pays = min(self.weight.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1]
         if pays and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
             return winograd(x, self.weight, self.bias)
         return super().forward(x)

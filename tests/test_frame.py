@@ -18,7 +18,7 @@ OURS = [*sorted((ROOT / "scfg").rglob("*.py")), ROOT / "sample.py", ROOT / "weig
 def test_a_denoise_step_visits_few_files_and_functions():
     from calls import calls_of_a_step
     found = calls_of_a_step()
-    assert set(found) == {"diffusion.py", "unet.py", "segment.py", "guidance.py", "noise.py"}
+    assert set(found) == {"diffusion.py", "unet.py", "segment.py", "guidance.py", "noise.py", "winograd.py"}
     assert found.total() <= 400
 
 
@@ -38,7 +38,7 @@ def test_the_core_stays_small():
                 code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         return len(code)
     core = [path for path in OURS if path.parent.name == "scfg" and path.stem not in ("flatland", "report")]
-    assert sum(map(code_lines, core)) < 1200
+    assert sum(map(code_lines, core)) < 1650
 
 
 def test_an_installed_wheel_makes_the_same_picture_away_from_the_source(tmp_path, flat):

@@ -7,7 +7,7 @@ from scfg.winograd import CHANNELS, Conv3x3, winograd
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch, height, width", [(1, 2, 2), (3, 6, 4), (2, 40, 70), (1, 2, 1030)])
+@pytest.mark.parametrize("batch, height, width", [(1, 2, 2), (3, 6, 4), (2, 40, 70), (1, 2, 1030), (2, 13, 19), (1, 1, 1), (1, 33, 64)])
 def test_it_is_the_convolution(batch, height, width):
     x, weight, bias = seeded(batch, 5, height, width), seeded(7, 5, 3, 3, seed=1), seeded(7, seed=2)
     expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1).float()
@@ -15,7 +15,7 @@ def test_it_is_the_convolution(batch, height, width):
 
 
 @pytest.mark.parametrize("height, width, dtype, gradients, taken", [
-    (32, 32, torch.float32, False, True), (32, 33, torch.float32, False, False), (33, 32, torch.float32, False, False),
+    (32, 32, torch.float32, False, True), (32, 33, torch.float32, False, True), (33, 32, torch.float32, False, True),
     (32, 32, torch.float64, False, False), (32, 32, torch.float32, True, False), (2, 2, torch.float32, False, False)])
 def test_where_it_does_not_pay_the_library_s_is_taken(height, width, dtype, gradients, taken, monkeypatch):
     conv, x, calls = Conv3x3(CHANNELS, CHANNELS).to(dtype), seeded(1, CHANNELS, height, width).to(dtype), []

@@ -2,7 +2,9 @@
 
 The price of a start is the time of loading and of the first step less that of the second: what lazy loading puts off is counted.
 """
+import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,8 +51,8 @@ def local_config(folder: Path) -> Path:
 
 @torch.no_grad()
 def start(who: str, file: Path, config: Path) -> dict[str, float]:
-    """Load and take two steps, in this process."""
-    x, prompt = contenders.inputs(SD1, 64)
+    """Load and take steps, in this process."""
+    x, prompt = contenders.inputs(SD1, 16)            # every weight is touched at any size; long steps would drown what is measured
     started = time.perf_counter()
     if who == "ours":
         model = scfg.load(file)
@@ -60,24 +62,27 @@ def start(who: str, file: Path, config: Path) -> dict[str, float]:
                                                         local_files_only=True)
         step = contenders.their_step(pipe.unet, SD1, x, prompt)
     marks = [started, time.perf_counter()]
-    for _ in range(2):
+    for _ in range(6):
         step()
         marks.append(time.perf_counter())
-    load, cold, warm = (after - before for before, after in zip(marks, marks[1:]))
+    load, cold, *others = (after - before for before, after in zip(marks, marks[1:]))
+    warm = median(others)
     return {"load": load, "cold": cold, "warm": warm, "price": load + cold - warm}
 
 
 def measure(folder: Path, rounds: int) -> dict[str, Any]:
     """The price of a start and its ratio, from a file of either precision into float32."""
-    found = {}
+    found = {"device": "cpu", "accelerate": importlib.metadata.version("accelerate")}       # without it diffusers starts from random weights
     with tempfile.TemporaryDirectory(dir=folder) as place:
         config = local_config(Path(place) / "config")
         for name, dtype in DTYPES.items():
             file = Path(place) / f"{name}.safetensors"
             save_file(families.original(SD1, dtype), file)
+            os.sync()
+            file.read_bytes()                         # on disk, and in the cache for both
             runs = {"ours": [], "diffusers": []}
-            for _ in range(rounds):
-                for who in runs:
+            for turn in range(rounds):
+                for who in list(runs)[::1 if turn % 2 else -1]:
                     done = subprocess.run([sys.executable, __file__, who, file, config], capture_output=True, text=True, check=True)
                     runs[who].append(json.loads(done.stdout.splitlines()[-1]))
                     tqdm.write(f"load {name}, {who}: {runs[who][-1]}")

@@ -2,7 +2,8 @@
 
 Every part runs in a process of its own: `steps` times our CFG and S-CFG steps, diffusers' CFG step with fused attention, and its step with
 explicit attention from which hook-based programs compute S-CFG, in turns; `added` times what S-CFG adds by itself; `memory` counts its bytes;
-`profile` splits our CFG step by kind of operation; `load` and `decode` compare loading and decoding. Ratios come first, all is written as JSON.
+`profile` splits a step by kind of operation; `flatland` times the embedded model; `decode` and `load` compare decoding and loading. Ratios come
+first, all is written as JSON.
 """
 import argparse
 import json
@@ -13,14 +14,19 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from contenders import FAMILIES, GAMMA, Step, inputs, reference_unet, steps
-from timing import alternated, ratio
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from counting import Bytes
+from timing import alternated, ratio, synchronise
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
+import scfg
 from scfg import OFFICIAL, PAPER, SCFG
 from scfg.config import UNetConfig
 from scfg.unet import Maps, UNet, mean_probabilities
@@ -28,20 +34,29 @@ from scfg.unet import Maps, UNet, mean_probabilities
 KINDS = {                                             # words in the names of operations
     "convolution": ("conv",), "matrix product": ("mm", "linear"), "attention": ("scaled_dot", "attention"), "group norm": ("group_norm",),
     "layer norm": ("layer_norm",), "activation": ("silu", "gelu"), "copies": ("copy", "cat", "clone", "contiguous")}
+PAIRS = (("CFG", "diffusers CFG"), ("S-CFG", "diffusers S-CFG, explicit"), ("S-CFG", "CFG"), ("S-CFG, paper", "CFG"),
+         ("S-CFG", "diffusers CFG"), ("diffusers S-CFG, explicit", "diffusers CFG"))
 
 
 @torch.no_grad()
 def part_steps(args: argparse.Namespace) -> dict[str, Any]:
-    """Pairs; also the largest difference of results, since a step that computes something else is no contender."""
+    """Pairs; also how far results differ, since a step that computes something else is no contender.
+
+    Of S-CFG's differences the 99th percentile counts: maps of random weights are nearly flat, and single pixels change their region.
+    """
     config = FAMILIES[args.family][0]
     contenders: dict[str, Step] = steps(reference_unet(args.family, args.device, args.dtype), config, args.side, args.compile)
-    error = {name: ((contenders[name]() - contenders[theirs]()).abs().max() / contenders[theirs]().abs().max()).item()
-             for name, theirs in (("CFG", "diffusers CFG"), ("S-CFG", "diffusers S-CFG, explicit"))}
-    seconds = alternated(contenders, args.rounds)
-    against = (("CFG", "diffusers CFG"), ("S-CFG", "diffusers S-CFG, explicit"), ("S-CFG", "CFG"), ("S-CFG, paper", "CFG"),
-               ("S-CFG", "diffusers CFG"), ("diffusers S-CFG, explicit", "diffusers CFG"))
-    return {"ratios": {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in against},
-            "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}, "differences": error}
+    if args.quick:
+        contenders = {name: contenders[name] for name in ("CFG", "S-CFG", "diffusers CFG")}
+    results, differences = {name: step() for name, step in contenders.items()}, {}                     # the warm-up as well
+    pairs = [(a, b) for a, b in PAIRS if {a, b} <= set(contenders) and not (args.compile and "explicit" in a + b)]
+    for a, b in PAIRS[:2]:
+        if {a, b} <= set(contenders):
+            apart = (results[a] - results[b]).abs().flatten() / results[b].abs().max()
+            differences[f"{a} - {b}"] = {"99th percentile": apart.quantile(0.99).item(), "largest": apart.max().item()}
+    seconds = alternated(contenders, args.rounds, warm=True)
+    return {"ratios": {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in pairs},
+            "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}, "differences": differences}
 
 
 def captured_blocks(config: UNetConfig, side: int, limit: int) -> list[tuple[int, int, int]]:
@@ -63,8 +78,10 @@ def part_added(args: argparse.Namespace) -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=args.device, dtype=args.dtype)
 
-    given = [(normal(2, heads, n, width // heads), normal(2, heads, n, width // heads), normal(2, heads, 77, width // heads))
-             for n, width, heads in sizes]
+    def heads_of(tokens: int, width: int, heads: int) -> torch.Tensor:
+        return normal(2, tokens, heads, width // heads).transpose(1, 2)       # in memory as the network has them
+
+    given = [tuple(heads_of(tokens, width, heads) for tokens in (n, n, 77)) for n, width, heads in sizes]
     difference = normal(1, 4, args.side, args.side).float()
 
     def added(recipe, rule) -> None:
@@ -72,52 +89,117 @@ def part_added(args: argparse.Namespace) -> dict[str, Any]:
         for (n, _, _), (q, k, words) in zip(sizes, given):
             grid = (int(n ** 0.5),) * 2
             completed.append(recipe.complete(Maps(mean_probabilities(q, k), mean_probabilities(q, words), grid)))
-        1 + rule(difference, recipe.assign(completed), 1.0)
+        regions = recipe.assign(completed)
+        1 + rule(difference, regions, 1.0), rule.notes(regions, 1.0)
 
-    seconds = alternated({"S-CFG": lambda: added(OFFICIAL, SCFG(GAMMA)), "S-CFG, paper": lambda: added(PAPER, SCFG.paper(GAMMA))}, 4 * args.rounds)
-    return {"blocks": len(sizes), "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}}
+    step = steps(reference_unet(args.family, args.device, args.dtype), config, args.side)["CFG"]
+    contest = {"S-CFG": lambda: added(OFFICIAL, SCFG(GAMMA)), "S-CFG, paper": lambda: added(PAPER, SCFG.paper(GAMMA)), "CFG step": step}
+    seconds = alternated(contest, args.rounds)
+    return {"blocks": len(sizes), "shares of a CFG step": {name: ratio(seconds[name], seconds["CFG step"]) for name in ("S-CFG", "S-CFG, paper")},
+            "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}}
 
 
 @torch.no_grad()
+def counted_peaks(family: str, side: int) -> dict[str, float]:
+    """MB at the peak of a step, counted on tensors without numbers."""
+    config, peaks = FAMILIES[family][0], {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = UNet(config.unet).requires_grad_(False)
+        x, prompt = inputs(config, side)
+        vector = torch.zeros(2, config.unet.vector_dim) if config.unet.vector_dim else None
+        for name, recipe in (("CFG", None), ("S-CFG", OFFICIAL), ("S-CFG, paper", PAPER)):
+            with Bytes() as counted:
+                pixels, keep = ((side // config.map_divisor) ** 2, recipe.complete) if recipe else (0, None)
+                out, kept = unet(x, torch.ones(1), torch.cat([*prompt.context.values()]), vector, map_pixels=pixels, keep=keep)
+                uncond, cond = out.chunk(2)
+                scale = SCFG(GAMMA)(cond - uncond, recipe.assign(kept), 1.0) if recipe else GAMMA
+                uncond + scale * (cond - uncond)
+            peaks[name] = counted.peak / 1e6
+            del out, kept, uncond, cond, scale
+    return peaks
+
+
+@torch.no_grad()
+def cuda_peaks(family: str, side: int, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """MB at the peak of a step, as CUDA's allocator has them."""
+    contenders, peaks = steps(reference_unet(family, device, dtype), FAMILIES[family][0], side), {}
+    for name, step in contenders.items():
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return peaks
+
+
 def part_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes that S-CFG adds to the peak of a step: counted on tensors without numbers, or measured on CUDA."""
-    from counting import Bytes
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """What S-CFG adds to the peak of a step; on a CPU also with the library's convolutions, whose workspace is not counted."""
     found = {}
     for family, side in (("sd1", 64), ("sd1", 128), ("sdxl", 128)):
-        config, peaks = FAMILIES[family][0], []
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            unet = UNet(config.unet).requires_grad_(False)
-            x, prompt = inputs(config, side)
-            vector = torch.zeros(2, config.unet.vector_dim) if config.unet.vector_dim else None
-            for recipe in (None, OFFICIAL, PAPER):
-                with Bytes() as counted:
-                    pixels, keep = ((side // config.map_divisor) ** 2, recipe.complete) if recipe else (0, None)
-                    out, kept = unet(x, torch.ones(1), torch.cat([*prompt.context.values()]), vector, map_pixels=pixels, keep=keep)
-                    uncond, cond = out.chunk(2)
-                    scale = SCFG(GAMMA)(cond - uncond, recipe.assign(kept), 1.0) if recipe else GAMMA
-                    uncond + scale * (cond - uncond)
-                peaks.append(counted.peak / 1e6)
-                del out, kept, uncond, cond, scale
-        found[f"{family} {8 * side}x{8 * side}"] = {"CFG, peak MB": peaks[0], "S-CFG adds MB": peaks[1] - peaks[0], "paper adds MB": peaks[2] - peaks[0]}
+        if args.device == "cpu":
+            with patch("scfg.winograd.CHANNELS", 1 << 30):
+                kinds = {" without Winograd": counted_peaks(family, side)}
+            kinds[""] = counted_peaks(family, side)
+        else:
+            kinds = {"": cuda_peaks(family, side, args.device, args.dtype)}
+        for kind, peaks in kinds.items():
+            found[f"{family} {8 * side}x{8 * side}{kind}"] = {
+                "CFG, peak MB": peaks["CFG"], **{f"{name} adds MB": peaks[name] - peaks["CFG"] for name in ("S-CFG", "S-CFG, paper")}}
+    return found
+
+
+def tera(step: Step) -> float:
+    """Arithmetic in TFLOP, fused attention on the CPU included."""
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=fused) as flops:
+        step()
+    return flops.get_total_flops() / 1e12
+
+
+def kind_of(event: Any) -> str:
+    """The kind of the outermost operation that has one."""
+    found = "the rest"
+    while event is not None:
+        found = next((kind for kind, words in KINDS.items() if any(word in event.name for word in words)), found)
+        event = event.cpu_parent
     return found
 
 
 @torch.no_grad()
 def part_profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Our CFG step and diffusers' by kind of operation: seconds and arithmetic."""
+    """Our CFG step and diffusers' by kind of operation: seconds, and arithmetic as defined (without Winograd's savings) and as done."""
     contenders, found = steps(reference_unet(args.family, args.device, args.dtype), FAMILIES[args.family][0], args.side), {}
+    plain, cuda = scfg.winograd.winograd, args.device != "cpu"
+
+    def labelled(*given: torch.Tensor) -> torch.Tensor:
+        with record_function("conv by Winograd"):
+            return plain(*given)
+
     for name in ("CFG", "diffusers CFG"):
-        with FlopCounterMode(display=False) as flops:
+        with patch("scfg.winograd.CHANNELS", 1 << 30):
+            defined = tera(contenders[name])
+        done, seconds = tera(contenders[name]), {}
+        with patch("scfg.winograd.winograd", labelled), \
+                profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as measured:
             contenders[name]()
-        with profile(activities=[ProfilerActivity.CPU]) as measured:
-            contenders[name]()
-        seconds = {}
-        for event in measured.key_averages():
-            kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "the rest")
-            seconds[kind] = seconds.get(kind, 0) + event.self_cpu_time_total / 1e6
-        found[name] = {"TFLOP": flops.get_total_flops() / 1e12, "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
+            synchronise()
+        for event in measured.events():
+            if event.device_type == DeviceType.CPU:
+                taken = event.self_device_time_total if cuda else event.self_cpu_time_total
+                seconds[kind_of(event)] = seconds.get(kind_of(event), 0) + taken / 1e6
+        found[name] = {"TFLOP as defined": defined, "TFLOP as done": done, "seconds": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
     return found
+
+
+@torch.no_grad()
+def part_flatland(args: argparse.Namespace) -> dict[str, Any]:
+    """The embedded model's sampling by itself: one picture, 20 steps of its own guidance."""
+    model = scfg.load(device=args.device)
+    prompt, rule = model.prompt("a red car left of a blue star on grass"), scfg.guidance.NAMED[model.config.guidance](model.config.scale)
+    seconds = alternated({"20 steps": lambda: list(model.sample(prompt, rule, steps=20))}, args.rounds)["20 steps"]
+    return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
 def part_load(args: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +212,8 @@ def part_decode(args: argparse.Namespace) -> dict[str, Any]:
     return measure(args.device, args.dtype, args.rounds)
 
 
-PARTS = {"steps": part_steps, "added": part_added, "memory": part_memory, "profile": part_profile, "load": part_load, "decode": part_decode}
+PARTS = {"steps": part_steps, "added": part_added, "memory": part_memory, "profile": part_profile, "flatland": part_flatland, "decode": part_decode,
+         "load": part_load}
 
 
 def main() -> None:
@@ -142,7 +225,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on the cpu, else float16)")
     parser.add_argument("--compile", action="store_true", help="ours and diffusers' networks, for the part `steps`")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 11 GB (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="our CFG and S-CFG steps and diffusers' CFG step only, for the part `steps`")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 5 GB (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/step.json"))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):

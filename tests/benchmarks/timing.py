@@ -21,10 +21,10 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def alternated(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender, once a round, each round beginning with another; one round before is not counted."""
+def alternated(contenders: dict[str, Callable[[], Any]], rounds: int, warm: bool = False) -> dict[str, list[float]]:
+    """Seconds of every contender, once a round, each round beginning with another; unless they are warm, one round before is not counted."""
     names, seconds = list(contenders), {name: [] for name in contenders}
-    for turn in trange(-1, rounds, desc="rounds", leave=False):
+    for turn in trange(0 if warm else -1, rounds, desc="rounds", leave=False):
         for name in names[turn % len(names):] + names[:turn % len(names)]:
             taken = timed(contenders[name])
             if turn >= 0:
