@@ -275,18 +275,16 @@ class UNet(nn.Module):
         if vector is not None:
             embedding = expand(embedding, len(vector)) + self.label_emb(vector)
             x = expand(x, len(vector))
-
-        def at(name: str) -> Asked:
-            return asked._replace(alone=perturbed) if name in layers else asked
-        kept, skips = [], []
+        alone, kept, skips = asked._replace(alone=perturbed), [], []
         for i, block in enumerate(self.input_blocks):
-            x, maps = block(x, embedding, at(f"input_blocks.{i}"))
+            x, maps = block(x, embedding, alone if f"input_blocks.{i}" in layers else asked)
             kept += maps
             skips.append(x)
-        x, maps = self.middle_block(x, embedding, at("middle_block"))
+        x, maps = self.middle_block(x, embedding, alone if "middle_block" in layers else asked)
         kept += maps
         for i, block in enumerate(self.output_blocks):
             x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
-            x, maps = block(x, embedding, at(f"output_blocks.{i}"), skips[-1].shape[-2:] if skips else None)
+            size = skips[-1].shape[-2:] if skips else None
+            x, maps = block(x, embedding, alone if f"output_blocks.{i}" in layers else asked, size)
             kept += maps
         return self.out(x), kept
