@@ -147,7 +147,7 @@ def test_the_command_writes_a_table_figures_and_a_sheet_and_goes_on(tmp_path):
     assert command(*words).stdout == first.stdout and made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
-@pytest.mark.parametrize("words", [("flatland", "--count", "0"), ("flatland", "--scale", "much"), ("flatland", "--scale", "nan"), ("regions",),
+@pytest.mark.parametrize("words", [("flatland", "--count", "0"), ("flatland", "--scale", "much"), ("flatland", "--scale", "nan"), ("shapes",),
                                    ("segment", "--output", str(ROOT / "setup.cfg"))])
 def test_bad_input_is_one_line(words):
     found = command(*words)

@@ -20,6 +20,7 @@ import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Prompt, Refiner
 from scfg.config import SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER
 from scfg.diffusion import seems_to_predict
+from scfg.segment import CONDITIONAL
 from scfg.text import Text, vocabulary
 from scfg.unet import UNet
 
@@ -93,10 +94,10 @@ def test_an_all_zero_unconditional_context_takes_its_foreground_from_the_other_h
     assert not zeros.context["uncond"].any() and not zeros.pooled["uncond"].any()
     found = model.denoiser(zeros, SCFG(5.0), maps=True)(x, 3.0, None)
     assert "all zeros" in found.notes[-1]
-    expected = replace(OFFICIAL, foreground="cond").assign([OFFICIAL.complete(block) for block in found.maps])
+    expected = CONDITIONAL.assign([OFFICIAL.complete(block) for block in found.maps])
     assert torch.equal(found.regions.foreground, expected.foreground) and 0 < expected.foreground.mean() < 1
     assert torch.equal(found.regions.tokens, expected.tokens)
-    for prompt, rule in ((model.prompt(["cat dog", "dog"], ""), SCFG(5.0)), (zeros, SCFG.paper(5.0))):
+    for prompt, rule in ((model.prompt(["cat dog", "dog"], ""), SCFG(5.0, contrast=0)), (zeros, replace(SCFG.paper(5.0), contrast=0))):
         assert model.denoiser(prompt, rule)(x, 3.0, None).notes == ()
     mixed = replace(zeros, context=zeros.context | {"uncond": torch.stack([zeros.context["uncond"][0], seeded(77, 192)])})
     foreground = model.denoiser(mixed, SCFG(5.0))(x, 3.0, None).regions.foreground
@@ -234,7 +235,7 @@ def test_attention_logits_beyond_fp16_stay_finite(load, name, dtype):
     plain = (q.half() @ k.half().mT).softmax(-1)
     assert not plain.isfinite().all()                                         # what fp16 makes of them without care
     exact = (q.double() @ k.double().mT / 8).softmax(-1)
-    out, found = attention(x, x, True)
+    out, found = attention(x, x, (len(x), x.shape[1]))
     expected = attention.to_out(rearrange((exact @ v.double()).to(dtype), "b h n d -> b n (h d)"))
     assert error(out.float(), expected.float()) < 0.02 and torch.allclose(found.double(), exact.mean(1), atol=1e-3)
 
