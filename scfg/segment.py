@@ -63,7 +63,6 @@ class Segmentation:
         """
         size = max((layer.shape[-2:] for layer in completed), key=math.prod)
         chunk = chunk or completed[0].shape[1]
-        is_start = torch.arange(completed[0].shape[1], device=completed[0].device) % chunk == 0
         scores, start, rest = 0, 0, 0
         for layer in completed:
             layer = F.interpolate(layer, size=size, mode="bilinear") if layer.shape[-2:] != size else layer
@@ -74,7 +73,8 @@ class Segmentation:
             if self.foreground != "assigned":
                 half = cond if self.foreground == "cond" else uncond
                 half = half if silent is None else torch.where(silent[:, None, None, None], cond, half)
-                first, others = (half[:, some].sum(1, keepdim=True) for some in (is_start, ~is_start))
+                chunks = rearrange(half, "b (chunks t) h w -> b chunks t h w", t=chunk)
+                first, others = chunks[:, :, :1].sum((1, 2))[:, None], chunks[:, :, 1:].sum((1, 2))[:, None]
                 start = start + first / first.mean((-2, -1), keepdim=True)
                 rest = rest + others / others.mean((-2, -1), keepdim=True)
         best = scores.argmax(1, keepdim=True)

@@ -5,6 +5,7 @@ diffusers' U-Net is built and ours takes over its tensors, so that both fit into
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from scfg.segment import segment  # noqa: E402
 from scfg.unet import Maps, UNet  # noqa: E402
 
 GAMMA, SIGMA = 7.5, 3.0
+RULE, PAPER_RULE = SCFG(GAMMA, contrast=0), replace(SCFG.paper(GAMMA), contrast=0)      # maps of random weights are nearly flat
 Step = Callable[[], Tensor]                           # one guided step -> x0 (1 c h w)
 FAMILIES: dict[str, tuple[Config, dict[str, Any]]] = {            # ours, and what diffusers calls the same
     "sd1": (SD1, {"cross_attention_dim": 768, "attention_head_dim": 8}),
@@ -104,7 +106,7 @@ def their_step(unet: nn.Module, config: Config, x: Tensor, prompt: Prompt, expli
         scaled = (x / math.sqrt(SIGMA ** 2 + 1)).to(unet.dtype)
         out = unet(torch.cat([scaled] * 2), t, encoder_hidden_states=context, added_cond_kwargs=added).sample
         uncond, cond = out.float().chunk(2)
-        scale = SCFG(GAMMA)(cond - uncond, segment(explicit.maps()), SIGMA) if explicit else GAMMA
+        scale = RULE(cond - uncond, segment(explicit.maps()), SIGMA) if explicit else GAMMA
         return to_x0(x, SIGMA, uncond + scale * (cond - uncond), "eps")
     return step
 
@@ -121,6 +123,6 @@ def steps(reference: nn.Module, config: Config, side: int, compiled: bool = Fals
         model.unet.compile(fullgraph=True)
         reference.compile(fullgraph=True)
     ours = {name: our_step(model, guidance, x, prompt)
-            for name, guidance in (("CFG", CFG(GAMMA)), ("S-CFG", SCFG(GAMMA)), ("S-CFG, paper", SCFG.paper(GAMMA)))}
+            for name, guidance in (("CFG", CFG(GAMMA)), ("S-CFG", RULE), ("S-CFG, paper", PAPER_RULE))}
     return ours | {"diffusers CFG": their_step(reference, config, x, prompt),
                    "diffusers S-CFG, explicit": their_step(hooked.eval(), config, x, prompt, explicit)}

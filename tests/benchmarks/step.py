@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from contenders import FAMILIES, GAMMA, Step, inputs, reference_unet, steps
+from contenders import FAMILIES, GAMMA, PAPER_RULE, RULE, Step, inputs, reference_unet, steps
 from counting import Bytes
 from timing import alternated, ratio, synchronise
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 import scfg
-from scfg import OFFICIAL, PAPER, SCFG
+from scfg import OFFICIAL, PAPER
 from scfg.config import UNetConfig
 from scfg.unet import Maps, UNet, mean_probabilities
 
@@ -93,7 +93,7 @@ def part_added(args: argparse.Namespace) -> dict[str, Any]:
         1 + rule(difference, regions, 1.0), rule.notes(regions, 1.0)
 
     step = steps(reference_unet(args.family, args.device, args.dtype), config, args.side)["CFG"]
-    contest = {"S-CFG": lambda: added(OFFICIAL, SCFG(GAMMA)), "S-CFG, paper": lambda: added(PAPER, SCFG.paper(GAMMA)), "CFG step": step}
+    contest = {"S-CFG": lambda: added(OFFICIAL, RULE), "S-CFG, paper": lambda: added(PAPER, PAPER_RULE), "CFG step": step}
     seconds = alternated(contest, args.rounds)
     return {"blocks": len(sizes), "shares of a CFG step": {name: ratio(seconds[name], seconds["CFG step"]) for name in ("S-CFG", "S-CFG, paper")},
             "seconds": {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}}
@@ -112,7 +112,7 @@ def counted_peaks(family: str, side: int) -> dict[str, float]:
                 pixels, keep = ((side // config.map_divisor) ** 2, recipe.complete) if recipe else (0, None)
                 out, kept = unet(x, torch.ones(1), torch.cat([*prompt.context.values()]), vector, map_pixels=pixels, keep=keep)
                 uncond, cond = out.chunk(2)
-                scale = SCFG(GAMMA)(cond - uncond, recipe.assign(kept), 1.0) if recipe else GAMMA
+                scale = RULE(cond - uncond, recipe.assign(kept), 1.0) if recipe else GAMMA
                 uncond + scale * (cond - uncond)
             peaks[name] = counted.peak / 1e6
             del out, kept, uncond, cond, scale
