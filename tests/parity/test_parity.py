@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -133,16 +134,29 @@ def encoded(family: str, texts: list[str], negatives: list[str] | None, clip_ski
 @every_family
 @pytest.mark.parametrize("negative", [None, "", "blue dog"])
 def test_text(family: str, negative: str | None) -> None:
-    """Contexts and pooled states of prompts, the longest of which is cut, and of the negative prompt."""
-    texts = [TEXT, "dog", "", "red dog on a cat " * 30]
+    """Contexts and pooled states of prompts and of the negative prompt."""
+    texts = [TEXT, "dog", ""]
     expected = encoded(family, texts, None if negative is None else [negative] * len(texts))
-    with pytest.warns(UserWarning, match="longer"):
-        prompt = model(family).prompt(texts, negative=negative)
+    prompt = model(family).prompt(texts, negative=negative)
     for name, rows in expected.items():
         ours = getattr(prompt, name)
         assert ours.keys() == rows.keys()
         for row, value in rows.items():
             close(ours[row].expand_as(value), value)
+
+
+@every_family
+def test_long_text(family: str) -> None:
+    """Every chunk is told as a prompt of its own, the negative's too; the pooled state is the first one's."""
+    long = "red dog on a cat " * 30
+    words = model(family).text.tokenize(long).words
+    assert [word.start for word in words if word.start % 77 == 1] == [1, 78]
+    chunks = [" ".join(word.text for word in words if word.start // 77 == i) for i in range(2)]
+    expected, prompt = encoded(family, chunks, ["blue dog", ""]), model(family).prompt(long, negative="blue dog")
+    for row, value in expected["context"].items():
+        close(prompt.context[row], rearrange(value, "chunks t d -> 1 (chunks t) d"))
+    for row, value in expected["pooled"].items():
+        close(prompt.pooled[row], value[:1])
 
 
 @pytest.mark.parametrize("family, ours, theirs", [
