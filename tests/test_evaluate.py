@@ -147,6 +147,16 @@ def test_the_command_writes_a_table_figures_and_a_sheet_and_goes_on(tmp_path):
     assert command(*words).stdout == first.stdout and made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
+def test_regions_are_judged(tmp_path):
+    """Of few pictures: what is asked for inside a mask appears there, and was not there before."""
+    found = command("regions", "--count", "6", "--output", str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    shares = {name: Share(**share) for name, share in json.loads((tmp_path / "regions.json").read_text())["figures"].items()}
+    before, after = (shares[f"asked colour inside the mask{when}"] for when in (", before it is asked for", ""))
+    assert before.right == 0 and after.right >= 4 and after.of == 6 and (tmp_path / "regions.png").exists()
+    assert all(0 <= share.right <= share.of for share in shares.values()) and all(name in found.stdout for name in shares)
+
+
 @pytest.mark.parametrize("words", [("flatland", "--count", "0"), ("flatland", "--scale", "much"), ("flatland", "--scale", "nan"), ("shapes",),
                                    ("segment", "--output", str(ROOT / "setup.cfg"))])
 def test_bad_input_is_one_line(words):

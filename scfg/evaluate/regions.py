@@ -1,5 +1,5 @@
 """What regions are good for, judged: one word's scale doubled, and another colour asked for where a thing stands."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count as from_
 from itertools import islice
 from typing import Any, NamedTuple
@@ -43,16 +43,17 @@ def in_batches(made: Sequence[Made], what: str) -> Iterator[Sequence[Made]]:
         yield made[first:first + BATCH]
 
 
-def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], int]:
-    """So many scenes of two things of different kinds whose pictures are wholly right, and how many it took."""
-    scenes, found, tried = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name), [], 0
+def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], Share]:
+    """So many scenes of two things of different kinds whose pictures are wholly right, and the share of those painted that are."""
+    found, tried = [], 0
+    scenes = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name)
     with tqdm(total=count, desc="pictures that are wholly right") as progress:
         while len(found) < count:
             made = paint(model, judge, list(islice(scenes, BATCH)), NAMED[model.config.guidance](model.config.scale))
             right = [one for one in made if verdict(one.scene, one.reading).whole]
             found, tried = found + right, tried + len(made)
             progress.update(len(right))
-    return found, tried
+    return found[:count], Share(len(found), tried, tried)
 
 
 def of_each(areas: Sequence[Area]) -> Area:
@@ -90,13 +91,17 @@ def mask_of_first(made: Made) -> Tensor:
     return F.max_pool2d(first.mask[None].float(), MARGIN, 1, MARGIN // 2)
 
 
-def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made]:
-    """The same pictures, where the first thing stood told of it in another colour."""
+def told_alone(scene: Scene) -> str:
+    return recoloured(scene)._replace(things=recoloured(scene).things[:1], relation=None).caption
+
+
+def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made], area: Callable[[Made], Tensor], text: Callable[[Scene], str],
+              what: str) -> list[Made]:
+    """The same pictures, told another text inside an area."""
     after = []
-    for some in in_batches(before, "another colour inside a mask"):
-        area = mask(torch.stack([mask_of_first(one) for one in some]))
-        texts = tuple(one.scene._replace(things=recoloured(one.scene).things[:1], relation=None).caption for one in some)
-        after += paint(model, judge, [one.scene for one in some], NAMED[model.config.guidance](model.config.scale), [Part(area, texts)])
+    for some in in_batches(before, what):
+        part = Part(mask(torch.stack([area(one) for one in some])), tuple(text(one.scene) for one in some))
+        after += paint(model, judge, [one.scene for one in some], NAMED[model.config.guidance](model.config.scale), [part])
     return after
 
 
@@ -107,20 +112,42 @@ def colour_inside(made: Made, area: Tensor) -> str | None:
 
 
 def evaluate(model: Diffusion, judge: Judge, count: int) -> tuple[dict[str, Any], Image.Image]:
-    before, tried = wholly_right(model, judge, count)
-    twice, asked = doubled(model, judge, before), asked_for(model, judge, before)
-    other_stays = [(v.objects[1], v.colours[1]) == (True, True) for v in (verdict(one.scene, one.reading) for one in twice)]
-    appears = [colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(asked, before)]
-    verdicts = [verdict(recoloured(one.scene), one.reading) for one in asked]
-    others_stay = [all((v.objects[0], v.objects[1], v.colours[1], v.background, v.relation)) for v in verdicts]
+    """Inside the first thing's mask another colour of it is asked for: by the whole caption, by a caption of the thing alone, and
+    for control by the whole caption everywhere but there."""
+    before, right = wholly_right(model, judge, count)
+    twice = doubled(model, judge, before)
+    asked = asked_for(model, judge, before, mask_of_first, lambda scene: recoloured(scene).caption, "another colour inside a mask")
+    alone = asked_for(model, judge, before, mask_of_first, told_alone, "the thing named alone")
+    around = asked_for(model, judge, before, lambda one: 1 - mask_of_first(one), lambda scene: recoloured(scene).caption, "outside the mask")
+
+    def inside(after: Sequence[Made]) -> Share:
+        """How often the colour that is asked for is inside the mask."""
+        return share([colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(after, before)])
+
+    def stays(after: Sequence[Made]) -> Share:
+        """How often all but the first thing's colour is as the caption has it."""
+        verdicts = [verdict(recoloured(one.scene), one.reading) for one in after]
+        return share([all((*v.objects, v.colours[1], v.background, v.relation)) for v in verdicts])
+
+    verdicts = [verdict(one.scene, one.reading) for one in twice]
+    figures = {"pictures wholly right as they are": right,
+               "one word's scale doubled: the other thing's attributes stay": share([v.objects[1] and v.colours[1] for v in verdicts]),
+               "asked colour inside the mask, before it is asked for": inside(before),
+               "asked colour inside the mask": inside(asked),
+               "  all other attributes stay": stays(asked),
+               "asked colour inside the mask, told of the thing alone": inside(alone),
+               "  all other attributes stay, told of the thing alone": stays(alone),
+               "asked colour inside the mask, told everywhere but there": inside(around)}
     changed = [(one.picture - base.picture).abs().mean().item() for one, base in zip(twice, before)]
-    rows = {"pictures wholly right as they are": (count, tried), "one word's scale doubled: the other thing's attributes stay": (sum(other_stays), count),
-            "asked colour inside the mask": (sum(appears), count), "asked colour: all other attributes stay": (sum(others_stay), count)}
     shown = [one for trio in zip(before, twice, asked) for one in trio][:SHOWN]
     captions = [text for one in before for text in (one.scene.caption, f"{one.scene.things[0].name} twice", f"asked: {other_colour(one.scene)}")]
     sheet = contact_sheet(torch.stack([one.picture for one in shown]), captions[:len(shown)], columns=6)
     return {"count": count, "mean change where a scale was doubled": sum(changed) / count,
-            "figures": {name: Share(right, of, of)._asdict() for name, (right, of) in rows.items()}}, sheet
+            "figures": {name: figure._asdict() for name, figure in figures.items()}}, sheet
+
+
+def share(right: Sequence[bool]) -> Share:
+    return Share(sum(right), len(right), len(right))
 
 
 def table(result: dict[str, Any]) -> str:
