@@ -1,5 +1,6 @@
 """A prompt in, a picture and its regions out: python sample.py "a red car left of a blue star on grass"."""
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ import scfg
 from scfg.area import described, places
 from scfg.flatland import WORDS
 from scfg.guidance import NAMED
+from scfg.memory import keep_freed_memory
 from scfg.report import report, to_image
 
 SAMPLER_NAMES = {                                                 # as Stable Diffusion tools call them
@@ -74,14 +76,20 @@ class Asked(NamedTuple):
 def region(text: str) -> Asked:
     """AREA:name=value,...; a prompt comes last and may hold commas."""
     description, _, options = text.partition(":")
-    options, _, prompt = options.partition("prompt=")
+    options, prompt = [*re.split(r"(?:^|,)\s*prompt=", options, maxsplit=1), ""][:2]
     values = {}
     for name, _, value in (option.strip().partition("=") for option in options.split(",") if option.strip()):
         if name not in REGION_OPTIONS:
             raise argparse.ArgumentTypeError(f"{text!r} asks for {name!r}: a region has {', '.join(REGION_OPTIONS)} and prompt, as in {EXAMPLE}")
+        if name in values:
+            raise argparse.ArgumentTypeError(f"{text!r} gives {name} twice: give it once")
         values[name] = REGION_OPTIONS[name](value)
     if not prompt and not {"scale", "times"} & set(values):
         raise argparse.ArgumentTypeError(f"{text!r} asks for nothing: give a scale, times or a prompt, as in {EXAMPLE}")
+    if "base" in values and not prompt:
+        raise argparse.ArgumentTypeError(f"{text!r}: base is what the whole prompt still counts where another one is given, as in {EXAMPLE}")
+    if values.get("start", 0) >= values.get("end", 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is over before it starts: give a start below its end, as in {EXAMPLE}")
     try:
         area = described(description)
     except scfg.BadInput as error:
@@ -138,8 +146,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.refiner_from is not None and not args.refiner:
         parser.error("--refiner-from says when a refiner takes over: give its file with --refiner")
+    if args.interval and args.interval[0] >= args.interval[1]:
+        parser.error("--interval LOW HIGH: no noise level lies above {:g} and up to {:g}; give the lower one first".format(*args.interval))
     try:
-        f"{args.prompt}{args.negative}".encode()
+        "".join([args.prompt, args.negative or "", *(asked.said for asked in args.region)]).encode()
     except UnicodeEncodeError:
         parser.error("the prompt is not UTF-8 text: check the terminal's encoding")
     return args
@@ -200,7 +210,7 @@ class Made(NamedTuple):
     latent: Tensor                                    # (b c h w)
     scores: Tensor                                    # (b t h w) of every token, mean of the middle third of the steps
     scale: Tensor                                     # (b h w) mean of all steps
-    notes: Counter[str]                               # in how many steps each was made
+    notes: Counter[tuple[str, int]]                   # in how many steps each was made, by seed
 
 
 def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg.Refiner | None]:
@@ -238,7 +248,7 @@ def make(model: scfg.Diffusion, prompt: scfg.Prompt, refiner: scfg.Refiner | Non
         if step.index in middle:
             scores = scores + denoised.regions.scores / len(middle)
         scale = scale + denoised.scale[:, 0] / step.count
-        notes.update(denoised.notes)
+        notes.update((f"{note.what}: {note.instead}", seeds[i]) for note in denoised.notes for i in note.pictures or range(len(seeds)))
         progress.update(len(seeds))
     return Made(step.latent, scores, scale, notes)
 
@@ -257,7 +267,7 @@ def run(args: argparse.Namespace) -> Tensor:
     """Make and write all pictures; returns their final latents (count c h w)."""
     started = time.perf_counter()
     model, prompt, refiner = prepare(args)
-    loading, sampling, decoding, latents = time.perf_counter() - started, 0.0, 0.0, []
+    loading, sampling, decoding, latents, notes = time.perf_counter() - started, 0.0, 0.0, [], Counter()
     with tqdm(total=args.count * args.steps, desc="sampling", unit="step") as progress:
         for first in range(args.seed, args.seed + args.count, args.batch):
             seeds = range(first, min(first + args.batch, args.seed + args.count))
@@ -267,13 +277,17 @@ def run(args: argparse.Namespace) -> Tensor:
             write(model, prompt, args, seeds, made)
             sampling, decoding = sampling + sampled - started, decoding + time.perf_counter() - sampled
             latents.append(made.latent)
-            for note, times in made.notes.items():
-                tqdm.write(f"note, in {times} of {args.steps} steps: {note}")
+            notes += made.notes
+    for what in dict.fromkeys(what for what, _ in notes):
+        times = {seed: count for (said, seed), count in notes.items() if said == what}
+        print(f"note, in {sum(times.values())} of {args.steps * args.count} steps, {len(times)} of {args.count} pictures "
+              f"(seed {', '.join(map(str, [*times][:8]))}{', ...' * (len(times) > 8)}): {what}")
     print(f"load {loading:.1f} s, sampling {sampling:.1f} s, decoding and writing {decoding:.1f} s")
     return torch.cat(latents)
 
 
 def main() -> None:
+    keep_freed_memory()
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)     # not into a progress bar
     try:
         run(parse())

@@ -1,4 +1,6 @@
 """Areas of the picture, from words, masks or the segmentation, combined by &, | and ~; and regions: areas that are guided on their own."""
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -30,14 +32,13 @@ class Area:
 
     def __call__(self, regions: Regions | None, size: tuple[int, int]) -> Tensor:
         """(b|1 1 h w) of this size."""
-        area = self.of(regions)
-        return area if area.shape[-2:] == size else F.interpolate(area, size=size, mode="area" if area.shape[-2] > size[0] else "nearest")
+        return resized(self.of(regions), size)
 
     def joined(self, other: "Area", sign: str, join: Callable[[Tensor, Tensor], Tensor]) -> "Area":
         def of(regions: Regions | None) -> Tensor:
             areas = self.of(regions), other.of(regions)
-            size = max((area.shape[-2:] for area in areas), key=lambda shape: shape[0] * shape[1])
-            return join(self(regions, size), other(regions, size))
+            size = max((area.shape[-2:] for area in areas), key=math.prod)
+            return join(*(resized(area, size) for area in areas))
         return Area(of, f"({self.said} {sign} {other.said})", self.phrases + other.phrases, self.needs_regions or other.needs_regions)
 
     def __repr__(self) -> str:
@@ -55,27 +56,44 @@ class Area:
     def feathered(self, times: int) -> "Area":
         """Blurred so many times: its edge is then about sqrt(2 * times) pixels of its grid wide."""
         def of(regions: Regions | None) -> Tensor:
-            area = self.of(regions)
-            for _ in range(times):
-                area = blur(area)
-            return area
-        return Area(of, f"{self.said} feathered {times}", self.phrases, self.needs_regions)
+            return reduce(lambda area, _: blur(area), range(times), self.of(regions))
+        once = None if self.needs_regions else of(None)           # what does not change with a step
+        return Area(of if once is None else lambda regions: beside(once, regions), f"{self.said} feathered {times}", self.phrases, self.needs_regions)
+
+
+def resized(area: Tensor, size: tuple[int, int]) -> Tensor:
+    return area if area.shape[-2:] == size else F.interpolate(area, size=size, mode="area" if area.shape[-2] > size[0] else "nearest")
+
+
+def too_small(inside: Tensor) -> Tensor:
+    """(b 1 1 1) where an area (b 1 h w) is empty, or nearly."""
+    return inside.mean((-2, -1), keepdim=True) < SMALLEST
 
 
 def mask(picture: str | Path | Tensor) -> Area:
-    """From a picture file, white inside; or from a tensor (h w), (1 1 h w) or (b 1 h w) of values from 0 to 1."""
+    """From a picture file, white inside, what is transparent outside; or from a tensor (h w) or (b 1 h w) of values from 0 to 1."""
     if isinstance(picture, Tensor):
-        values = picture.float()[(None,) * (4 - picture.ndim)]
-        if values.shape[1] != 1 or not 0 <= values.min() <= values.max() <= 1:
-            raise BadInput(f"a mask is (h w) or (b 1 h w) with values from 0 to 1, not {tuple(picture.shape)} "
-                           f"from {picture.min():g} to {picture.max():g}")
+        values = picture.float()[(None,) * max(0, 4 - picture.ndim)]
+        if values.ndim != 4 or values.shape[1] != 1 or not values.numel() or not 0 <= values.min() <= values.max() <= 1:
+            raise BadInput(f"a mask is (h w) or (b 1 h w) with values from 0 to 1; this one is {tuple(picture.shape)}"
+                           + (f" from {picture.min():g} to {picture.max():g}" if picture.numel() else ""))
         return Area(lambda regions: beside(values, regions), "a mask")
     try:
-        with Image.open(picture) as image:
-            values = torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32))[None, None] / 255
-    except OSError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(picture) as image:
+                values = torch.from_numpy(lightness(image))[None, None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadInput(f"{picture} is no picture to be used as a mask: {error}") from None
     return Area(lambda regions: beside(values, regions), str(picture))
+
+
+def lightness(image: Image.Image) -> np.ndarray:
+    """(h w), 0 to 1, on black where it is transparent."""
+    if image.mode.startswith("I"):                    # 16 bits, which conversion would cut off at 255
+        return np.asarray(image, dtype=np.float32) / 65535
+    light, opaque = np.moveaxis(np.asarray(image.convert("RGBA").convert("LA"), dtype=np.float32) / 255, -1, 0)
+    return light * opaque
 
 
 def beside(values: Tensor, regions: Regions | None) -> Tensor:
@@ -89,12 +107,20 @@ def foreground() -> Area:
 
 
 def places(words: Sequence[Word], phrase: str) -> list[Word]:
-    """Every word that is part of the phrase where it occurs in the prompt."""
-    sought, texts = phrase.lower().split(), [word.text.lower() for word in words]
-    starts = [i for i in range(len(words) - len(sought) + 1) if sought and texts[i:i + len(sought)] == sought]
-    if not starts:
-        raise BadInput(f"{phrase!r} is not in the prompt, whose words are: {' '.join(word.text for word in words)}")
-    return [word for i in starts for word in words[i:i + len(sought)]]
+    """Every word that is part of the phrase where it occurs in the prompt; blanks do not matter, since CLIP's words are not always ours: 6 4, red - car."""
+    sought, texts = "".join(phrase.lower().split()), [word.text.lower() for word in words]
+
+    def said_from(first: int) -> range:
+        """The words that make up the phrase, if it begins here."""
+        rest, i = sought, first
+        while rest and i < len(texts) and rest.startswith(texts[i]):
+            rest, i = rest.removeprefix(texts[i]), i + 1
+        return range(0) if rest else range(first, i)
+
+    found = [words[i] for first in range(len(words)) for i in said_from(first)]
+    if not found:
+        raise BadInput(f"{phrase!r} is not in the prompt, whose words are: {' '.join(word.text for word in words) or 'none'}")
+    return found
 
 
 def words(phrase: str, soft: bool = False, against_all: bool = False) -> Area:
@@ -104,6 +130,8 @@ def words(phrase: str, soft: bool = False, against_all: bool = False) -> Area:
     and padding tokens too, as in S-CFG. soft: the phrase's share of the competing scores instead.
     """
     def of(regions: Regions) -> Tensor:
+        if not regions.words:
+            raise BadInput(f"the area of {phrase!r} needs a prompt that knows its words, as Diffusion.prompt makes it")
         found = []
         for scores, said in zip(regions.scores, regions.words):
             own = [i for word in places(said, phrase) for i in range(word.start, word.stop)]
@@ -147,10 +175,6 @@ class Region:
 
     def acts(self, sigma: float) -> bool:
         return self.start <= elapsed(sigma) <= self.end
-
-    def too_small(self, inside: Tensor) -> Tensor:
-        """(b 1 1 1) where the area is empty, or nearly."""
-        return inside.mean((-2, -1), keepdim=True) < SMALLEST
 
     def __repr__(self) -> str:
         facts = ("scale", self.scale, None), ("times", self.times, 1), ("from", self.start, 0), ("to", self.end, 1)

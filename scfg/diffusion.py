@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn import functional as F
 
-from .area import elapsed
+from .area import elapsed, too_small
 from .checkpoint import load_parts
 from .config import SD2_BASE, SD2_V, BadInput, Config
-from .guidance import SCFG, Guidance, ScaleRule
+from .guidance import NOTHING, SCFG, Guidance, Note, ScaleRule, noted
 from .noise import SIGMAS, Prediction, Spacing, gain, spaced_sigmas, time_of, to_x0
 from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
 from .segment import OFFICIAL, Regions
@@ -37,7 +37,7 @@ class Denoised(NamedTuple):
     regions: Regions | None                           # of the conditional rows, where maps were captured
     maps: list[Maps]                                  # every captured block's, on request
     state: Any                                        # guidance's own, for the next step
-    notes: tuple[str, ...]                            # what a reader of the result should know
+    notes: tuple[Note, ...]
 
 
 class Step(NamedTuple):
@@ -58,24 +58,50 @@ def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
     return lambda x, sigma, previous: (early if time_of(sigma) >= handover(start) else late)(x, sigma, previous)
 
 
-def joined(told: Prompt, halves: Sequence[str], sigma: float, regions: Regions | None, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """The contexts of all rows (r*b k*t d), and how much their k texts count at every pixel (r*b k h w); None where parts have no say.
+class Told(NamedTuple):
+    """What the attention of all rows is told, row by row for the whole batch."""
+    context: Tensor                                   # (r*b k*t d) of k texts
+    shares: Tensor | None                             # (r*b k h w) how much each counts at a pixel; None where it is one text
+    counted: Tensor | None                            # (r*b k*t) the tokens that are not filling; None: all
 
-    A part outside its time, or of a word that was not segmented yet, has no area. The unconditional row has one text everywhere.
-    """
-    plain, pictures = torch.cat([told.context[half] for half in halves]), len(told.context["cond"])
-    known = [(f"part {i}", part.base, part.area(regions, size).to(plain.device, torch.float32).expand(pictures, 1, *size)) for i, part in enumerate(told.parts)
-             if part.start <= elapsed(sigma) <= part.end and (regions or not part.area.needs_regions)]
-    acting = [one for one in known if one[2].any()]
-    if not acting:
-        return plain, None
-    names, bases, areas = zip(*acting)
-    base = (1 - sum(area * (1 - base) for area, base in zip(areas, bases))).clamp_min(0)
-    shares = {"cond": torch.cat([base, *areas], 1), "uncond": torch.cat([torch.ones_like(base), *[0 * area for area in areas]], 1)}
-    texts = {"cond": torch.cat([told.context[row] for row in ("cond", *names)], 1)}
-    if "uncond" in halves:
-        texts["uncond"] = torch.cat([told.context["uncond"]] * (1 + len(areas)), 1)
-    return torch.cat([texts[half] for half in halves]), torch.cat([shares[half] for half in halves])
+
+def areas_of(told: Prompt, sigma: float, regions: Regions | None, size: tuple[int, int]) -> tuple[dict[int, Tensor], tuple[Note, ...]]:
+    """The areas (b 1 h w) of the parts that have a say: not of one outside its time, nearly nowhere, or of a word not segmented yet."""
+    like, areas, notes = told.context["cond"], {}, ()
+    for i, part in enumerate(told.parts):
+        if part.start <= elapsed(sigma) <= part.end and (regions or not part.area.needs_regions):
+            area = part.area(regions, size).to(like.device, torch.float32)
+            if len(area) not in (1, len(like)):
+                raise BadInput(f"{part.area.said} is of {len(area)} pictures, not of {len(like)}")
+            small = too_small(area)
+            notes += noted(f"{part.area.said} is nowhere, or nearly", small.flatten(), NOTHING)
+            if not small.all():
+                areas[i] = torch.where(small, 0, area).expand(len(like), 1, *size)
+    return areas, notes
+
+
+def joined(told: Prompt, halves: Sequence[str], areas: dict[int, Tensor], size: tuple[int, int]) -> Told:
+    """The texts of all rows side by side, as far as they have a say. The unconditional row has one text everywhere."""
+    names, pictures, device = [f"part {i}" for i in areas], len(told.context["cond"]), told.context["cond"].device
+    texts = {"cond": ["cond", *names], "uncond": ["uncond"] * (1 + len(names))}
+    most = max(told.context[text].shape[1] for half in halves for text in texts[half])
+    lengths = {text: told.lengths.get(text, (told.context[text].shape[1],) * pictures) for half in halves for text in texts[half]}
+
+    def rows(of: Callable[[str], Tensor]) -> Tensor:
+        return torch.cat([torch.cat([of(text) for text in texts[half]], 1) for half in halves])
+
+    def counted(text: str) -> Tensor:
+        return torch.arange(most, device=device) < torch.tensor(lengths[text], device=device)[:, None]
+
+    context = rows(lambda text: F.pad(told.context[text], (0, 0, 0, most - told.context[text].shape[1])))
+    filled = any(length < most for own in lengths.values() for length in own)
+    shares = None
+    if areas:
+        everywhere = torch.ones(pictures, 1, *size, device=device)
+        base = (everywhere - sum(area * (1 - told.parts[i].base) for i, area in areas.items())).clamp_min(0)
+        of_half = {"cond": torch.cat([base, *areas.values()], 1), "uncond": torch.cat([everywhere, *[0 * base] * len(areas)], 1)}
+        shares = torch.cat([of_half[half] for half in halves])
+    return Told(context, shares, rows(counted) if filled else None)
 
 
 class Refiner(NamedTuple):
@@ -125,7 +151,8 @@ class Diffusion:
                     raise BadInput(f"{len(state)} prompts for {count} pictures: give one prompt, or one for each")
             return {row: state.to(self.device, self.dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
         words = prompt.words * count if len(prompt.words) == 1 else prompt.words
-        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled), words=words)
+        lengths = {row: own * count if len(own) == 1 else own for row, own in prompt.lengths.items()}
+        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled), words=words, lengths=lengths)
 
     def vector(self, prompt: Prompt, rows: Sequence[str], height: int, width: int) -> Tensor | None:
         """What XL is told of the whole picture, (r*b v) for r rows; None for the others (Podell et al. 2023, 2307.01952, section 2.2).
@@ -154,7 +181,6 @@ class Diffusion:
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         factor, layers = self.config.vae.factor, guidance.perturb.layers if guidance.perturb else ()
         always = any(part.area.needs_regions for part in prompt.parts)
-        said = ("the unconditional context is all zeros: the foreground is the conditional half's",)
 
         def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
             rows, told, known = guidance.rows(sigma), self.placed(prompt, len(x)), previous and previous.regions
@@ -162,10 +188,11 @@ class Diffusion:
             silent = (told.context[halves[0]] == 0).flatten(1).all(1) if "uncond" in rows else x.new_ones(len(x), dtype=torch.bool)
             recipe = guidance.segmentation(sigma) or (OFFICIAL if always or watched(sigma) else None)
             pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
-            context, shares = joined(told, halves, sigma, known, x.shape[-2:])
+            areas, notes = areas_of(told, sigma, known, x.shape[-2:])
+            context, shares, counted = joined(told, halves, areas, x.shape[-2:])
             out, kept = self.unet(
                 (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)), context,
-                self.vector(told, halves, factor * x.shape[2], factor * x.shape[3]), shares=shares,
+                self.vector(told, halves, factor * x.shape[2], factor * x.shape[3]), shares=shares, counted=counted,
                 map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete,
                 perturbed=rows.count("perturbed") * len(x), layers=layers)
             by_row = dict(zip(rows, out.float().chunk(len(rows))))
@@ -175,8 +202,9 @@ class Diffusion:
             expected = to_x0(x, sigma, by_row["cond"], self.config.prediction)
             guided = guidance.combine(by_row, regions, sigma, previous and previous.state, expected, gain(sigma, self.config.prediction))
             x0 = to_x0(x, sigma, guided.out, self.config.prediction)
-            notes = guided.notes + (said if recipe and recipe.foreground == "uncond" and "uncond" in rows and silent.any() else ())
-            return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, notes)
+            if recipe and recipe.foreground == "uncond" and "uncond" in rows:
+                notes += noted("the unconditional context is all zeros", silent, "the foreground is the conditional half's")
+            return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, guided.notes + notes)
         return denoise
 
     def spacing(self, sampler: str) -> Spacing:
@@ -290,7 +318,7 @@ def seems_to_predict(unet: UNet) -> Prediction:
     """
     x = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(unet.out[2].weight)
     out, _ = unet(x, x.new_full((1,), 999), x.new_zeros(1, 77, unet.config.context_dim))
-    return "eps" if cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
+    return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
 
 
 def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None,

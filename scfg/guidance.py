@@ -8,15 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .area import Region, elapsed
+from .area import Region, elapsed, too_small
+from .config import BadInput
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Regions, Segmentation, blur
+
+NOTHING = "nothing of its own there"
+
+
+class Note(NamedTuple):
+    """What a reader of the result should know."""
+    what: str
+    instead: str
+    pictures: tuple[int, ...] = ()                    # of the batch; none: all
+
+    def __str__(self) -> str:
+        return self.what + (f" in picture {', '.join(map(str, self.pictures))} of the batch" if self.pictures else "") + f": {self.instead}"
 
 
 class Guided(NamedTuple):
     out: Tensor                                       # (b c h w) the guided prediction
     scale: Tensor                                     # (b 1 h w) the scale that acted at every pixel
     state: Any                                        # what the next step's direction is told
-    notes: tuple[str, ...]                            # what a reader of the result should know
+    notes: tuple[Note, ...]
 
 
 class Outputs(NamedTuple):
@@ -36,7 +49,7 @@ class CFG:
     def __call__(self, difference: Tensor, regions: Regions | None, sigma: float) -> float:
         return self.gamma
 
-    def notes(self, regions: Regions | None, sigma: float) -> tuple[str, ...]:
+    def notes(self, regions: Regions | None, sigma: float) -> tuple[Note, ...]:
         return ()
 
 
@@ -45,7 +58,8 @@ class SCFG:
     """Semantic-aware guidance (arXiv 2404.05384): every region's share of the difference is brought to one level.
 
     SCFG(7.5) is what the authors' program computes, SCFG.paper(7.5) what their paper says, SCFG.mean(7.5) the former
-    with the whole picture as benchmark, SCFG.conditional(7.5) with the conditional half's foreground. Where a picture's maps are too flat to say anything, it is plain CFG.
+    with the whole picture as benchmark, SCFG.conditional(7.5) with the conditional half's foreground. Unlike theirs, each is plain
+    CFG where a picture's maps are too flat to say anything; with contrast=0 it is not.
     """
     gamma: float = 7.5
     segmentation: Segmentation = OFFICIAL
@@ -53,11 +67,11 @@ class SCFG:
     limits: tuple[float, float] | None = (0.8, 3.0)   # of the rate, before
     ceiling: float | None = 15.0                      # that of gamma * rate
     smooth: bool = True                               # blur the rate at latent size
-    contrast: float = 1.31                            # below which a picture's maps say nothing; 0 is what the authors' program does
+    contrast: float = 1.31                            # below which a picture's maps say nothing, see Regions.contrast
 
     @classmethod
     def paper(cls, gamma: float = 7.5) -> "SCFG":
-        return cls(gamma, PAPER, limits=None, ceiling=None, smooth=False)
+        return cls(gamma, PAPER, limits=None, ceiling=None, smooth=False, contrast=1.18)
 
     @classmethod
     def conditional(cls, gamma: float = 7.5) -> "SCFG":
@@ -85,17 +99,17 @@ class SCFG:
         rate = 1 + blur(rate - 1) if self.smooth else rate                    # a rate of one stays exactly one
         return self.gamma * torch.where(regions.contrast() < self.contrast, 1, rate)
 
-    def notes(self, regions: Regions, sigma: float) -> tuple[str, ...]:
-        empty = (regions.foreground.sum((1, 2, 3)) == 0) & (self.benchmark == "foreground")
-        what = f"rate {self.limits[0]:g}" if self.limits else "plain CFG"
-        return (said("no foreground found", empty, what)
-                + said("attention shows no regions", (regions.contrast() < self.contrast).flatten(), "plain CFG"))
+    def notes(self, regions: Regions, sigma: float) -> tuple[Note, ...]:
+        flat = regions.contrast().flatten() < self.contrast
+        empty = (regions.foreground.sum((1, 2, 3)) == 0) & (self.benchmark == "foreground") & ~flat
+        return (noted("no foreground found", empty, f"rate {self.limits[0]:g} there" if self.limits else "plain CFG there")
+                + noted("attention shows no regions", flat, "plain CFG there"))
 
 
-def said(what: str, where: Tensor, instead: str) -> tuple[str, ...]:
+def noted(what: str, where: Tensor, instead: str) -> tuple[Note, ...]:
     """A note on the pictures (b) where it is so; none if it is nowhere."""
-    pictures = where.nonzero().flatten().tolist()
-    return (f"{what} in picture {', '.join(map(str, pictures))} of the batch: {instead} there",) if pictures else ()
+    pictures = tuple(where.nonzero().flatten().tolist())
+    return (Note(what, instead, pictures if len(pictures) < len(where) else ()),) if pictures else ()
 
 
 def masked_mean(values: Tensor, masks: Tensor) -> Tensor:
@@ -117,7 +131,7 @@ class Energy:
         norm = difference.norm(dim=1, keepdim=True)
         return self.low + (self.high - self.low) * (-norm / (norm.mean((-2, -1), keepdim=True) + 1e-8)).exp()
 
-    def notes(self, regions: Regions | None, sigma: float) -> tuple[str, ...]:
+    def notes(self, regions: Regions | None, sigma: float) -> tuple[Note, ...]:
         return ()
 
 
@@ -137,16 +151,12 @@ class ByRegion:
             if region.acts(sigma):
                 inside = region.area(regions, difference.shape[-2:]).to(scale)
                 wanted = (scale if region.scale is None else torch.full_like(scale, region.scale)) * region.times
-                scale = torch.lerp(scale, wanted, torch.where(region.too_small(inside), 0, inside).expand_as(scale))
+                scale = torch.lerp(scale, wanted, torch.where(too_small(inside), 0, inside).expand_as(scale))
         return scale
 
-    def notes(self, regions: Regions | None, sigma: float) -> tuple[str, ...]:
-        notes = self.base.notes(regions, sigma)
-        for region in self.regions:
-            if region.acts(sigma):
-                small = region.too_small(region.area.of(regions)).flatten()
-                notes += said(f"{region.area.said} is nowhere, or nearly,", small, "nothing of its own")
-        return notes
+    def notes(self, regions: Regions | None, sigma: float) -> tuple[Note, ...]:
+        small = [(region.area.said, too_small(region.area.of(regions)).flatten()) for region in self.regions if region.acts(sigma)]
+        return sum((noted(f"{area} is nowhere, or nearly", where, NOTHING) for area, where in small), self.base.notes(regions, sigma))
 
 
 @dataclass(frozen=True)
@@ -157,12 +167,15 @@ class Product:
 
     @property
     def segmentation(self) -> Segmentation | None:
-        return self.first.segmentation or self.second.segmentation
+        first, second = self.first.segmentation, self.second.segmentation
+        if first and second and first != second:
+            raise BadInput(f"a step's maps are segmented by one recipe, not by those of {self.first} and {self.second}")
+        return first or second
 
     def __call__(self, difference: Tensor, regions: Regions | None, sigma: float) -> Tensor | float:
         return self.first(difference, regions, sigma) * self.second(difference, regions, sigma)
 
-    def notes(self, regions: Regions | None, sigma: float) -> tuple[str, ...]:
+    def notes(self, regions: Regions | None, sigma: float) -> tuple[Note, ...]:
         return self.first.notes(regions, sigma) + self.second.notes(regions, sigma)
 
 
@@ -215,7 +228,7 @@ class Rescale:
     phi: float = 0.7
 
     def __call__(self, guided: Tensor, cond: Tensor) -> Tensor:
-        ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+        ratio = cond.std((1, 2, 3), keepdim=True) / (guided.std((1, 2, 3), keepdim=True) + 1e-8)
         return guided * (1 + self.phi * (ratio - 1))
 
 
@@ -243,7 +256,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Named slots in the order in which they act; everything acts on the network's outputs.
+    """Named slots; everything acts on the network's outputs, in the order that str() shows.
 
     With d the direction, guided = cond + strength * ((scale - 1) * d + perturb.scale * (cond - perturbed)), then rescaled.
     direction(outputs, state) -> (d, state) stands in for cond - uncond; scale is told d; rescale(guided, cond) comes last;
@@ -274,7 +287,7 @@ class Guidance:
         cond, strength = rows["cond"], self.strength(sigma)
         one = torch.ones_like(cond[:, :1])
         if not strength:
-            return Guided(cond, one, state, ())
+            return Guided(cond, one, None, ())        # a direction remembers an unbroken run of guided steps
         direction = cond - rows["uncond"]
         if self.direction:
             direction, state = self.direction(Outputs(rows["uncond"], cond, cond if x0 is None else x0, gain), state)

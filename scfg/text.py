@@ -18,6 +18,7 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .area import Area
@@ -26,7 +27,7 @@ from .segment import Word
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
-WRAPPED = 20                                          # tokens after a comma that move to the next chunk together
+WRAPPED = 20                                          # fewer tokens after a comma move to the next chunk together
 
 
 class Part(NamedTuple):
@@ -46,6 +47,7 @@ class Prompt:
     words: tuple[tuple[Word, ...], ...] = ()          # of each picture's text, in order
     parts: tuple[Part, ...] = ()                      # areas with a text of their own
     chunk: int | None = None                          # tokens from one start token to the next
+    lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)         # of every text: the rest of its row does not count
 
 
 class Token(NamedTuple):
@@ -61,7 +63,7 @@ class Tokens(NamedTuple):
     words: tuple[Word, ...]
 
 
-PIECE = re.compile(r"\\[\\()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+PIECE = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 
 
 def weighted(text: str) -> list[tuple[str, float]]:
@@ -82,7 +84,7 @@ def weighted(text: str) -> list[tuple[str, float]]:
         elif opened["["] and piece == "]":
             close("[", 1 / 1.1)
         else:
-            pieces.append((piece[1:] if len(piece) == 2 and piece[0] == "\\" else piece, 1.0))
+            pieces.append((piece.removeprefix("\\"), 1.0))
     for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
         while opened[bracket]:
             close(bracket, factor)
@@ -90,9 +92,9 @@ def weighted(text: str) -> list[tuple[str, float]]:
 
 
 def kept_before_wrap(chunk: Sequence[Token], is_comma: Sequence[bool]) -> int:
-    """How many tokens of a full chunk stay in it: those up to its last comma, if at most WRAPPED come after it."""
+    """How many tokens of a full chunk stay in it: those up to its last comma, if fewer than WRAPPED come after it."""
     commas = [i + 1 for i, token in enumerate(chunk) if is_comma[token.word]]
-    return commas[-1] if commas and len(chunk) - commas[-1] <= WRAPPED else len(chunk)
+    return commas[-1] if commas and len(chunk) - commas[-1] < WRAPPED else len(chunk)
 
 
 def emphasised(states: Tensor, weights: Tensor) -> Tensor:
@@ -215,9 +217,10 @@ class Text(nn.Module):
             for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
                 chunks += [[]] * (i > 0)
                 for name, ids in self.split(part):
-                    if len(chunks[-1]) + len(ids) > room:
-                        fits = kept_before_wrap(chunks[-1], [name == "," for name in names])
-                        chunks[-1:] = [chunks[-1][:fits], chunks[-1][fits:]]
+                    if len(full := chunks[-1]) + len(ids) > room:
+                        fits = kept_before_wrap(full, [name == "," for name in names])
+                        fits = len(full) if name == "," or len(full) - fits + len(ids) > room else fits
+                        chunks[-1:] = [full[:fits], full[fits:]]
                     chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids[:room]]
                     names.append(name)
         places = {}
@@ -253,13 +256,12 @@ class Text(nn.Module):
             pooled = whole if whole is not None else pooled
         return torch.cat(states, dim=-1), pooled
 
-    def encode_chunks(self, texts: Sequence[Tokens], chunks: int, device: torch.device, skip: int | None) -> tuple[Tensor, Tensor | None]:
-        """States of b texts (b chunks*t d), all filled up to so many chunks, and the pooled text of the first one (b p)."""
-        empty = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        ids = [ids for text in texts for ids in text.chunks + [empty] * (chunks - len(text.chunks))]
-        weights = [some for text in texts for some in text.weights + [[]] * (chunks - len(text.weights))]
-        states, pooled = self.encode(ids, device, skip, weights)
-        return rearrange(states, "(b chunks) t d -> b (chunks t) d", chunks=chunks), pooled if pooled is None else pooled[::chunks]
+    def encode_chunks(self, texts: Sequence[Tokens], device: torch.device, skip: int | None) -> tuple[Tensor, Tensor | None]:
+        """States of b texts (b chunks*t d), filled up with zeros to the longest one's chunks, and the pooled text of the first (b p)."""
+        weights, counts = [some for text in texts for some in text.weights], [len(text.chunks) for text in texts]
+        states, pooled = self.encode([ids for text in texts for ids in text.chunks], device, skip, weights)
+        whole = [rearrange(some, "chunks t d -> (chunks t) d") for some in states.split(counts)]
+        return pad_sequence(whole, batch_first=True), pooled if pooled is None else torch.stack([some[0] for some in pooled.split(counts)])
 
     def prompt(self, texts: Sequence[str], negatives: Sequence[str] | None, device: torch.device, skip: int | None = None,
                parts: Sequence[Part] = ()) -> Prompt:
@@ -275,10 +277,11 @@ class Text(nn.Module):
         for i, part in enumerate(parts):
             told[f"part {i}"] = [self.tokenize(part.text)] if isinstance(part.text, str) else list(map(self.tokenize, part.text))
         self.warn_of_unseen([word for row in told.values() for tokens in row for word in tokens.words])
-        chunks = max(len(tokens.chunks) for row in told.values() for tokens in row)
-        found = {row: self.encode_chunks(tokens, chunks, device, skip) for row, tokens in told.items()}
+        found = {row: self.encode_chunks(tokens, device, skip) for row, tokens in told.items()}
         if negatives is None:
             found["uncond"] = tuple(None if state is None else torch.zeros_like(state) for state in found["cond"])
         pooled = {row: found[row][1] for row in ("uncond", "cond") if found[row][1] is not None}
+        length = self.towers[0].config.length
+        lengths = {row: tuple(length * len(tokens.chunks) for tokens in told.get(row, told["cond"])) for row in found}
         return Prompt({row: states for row, (states, _) in found.items()}, pooled, tuple(tokens.words for tokens in told["cond"]),
-                      tuple(parts), self.towers[0].config.length)
+                      tuple(parts), length, lengths)

@@ -23,17 +23,19 @@ class Asked(NamedTuple):
     """What the transformer blocks attend to, and which maps they return."""
     context: Tensor                                   # (r*b t d)
     shares: Tensor | None                             # (r*b k H W) of the context's k equal parts at every pixel; None: it has one
+    padding: Tensor | None                            # (r*b 1 1 t) minus infinity at tokens that do not count, else 0; None: all do
     pixels: int                                       # blocks with at most this many return maps,
     keep: Callable[[Maps], Any]                       # or what this makes of them,
     rows: int                                         # of the first rows and of the context's first part
     alone: int = 0                                    # so many of the last rows' pixels attend to themselves only
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:
-        """What is added to a block's attention logits, (r*b 1 n t): a token then counts as often as its part's share says."""
+        """What is added to a block's attention logits, (r*b 1 n|1 t): a token then counts as often as its part's share says."""
         if self.shares is None:
-            return None
+            return self.padding
         shares = F.interpolate(self.shares, size=size, mode="area").log().to(self.context.dtype)
-        return repeat(shares, "b k h w -> b 1 (h w) (k t)", t=self.context.shape[1] // shares.shape[1])
+        shares = repeat(shares, "b k h w -> b 1 (h w) (k t)", t=self.context.shape[1] // shares.shape[1])
+        return shares if self.padding is None else shares + self.padding
 
     @property
     def tokens(self) -> int:
@@ -57,14 +59,15 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def mean_probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """Queries (b heads n d), keys (b heads m d) -> softmax(q k^T / sqrt d), averaged over heads, (b n m), in fp32.
+def mean_probabilities(q: Tensor, k: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Queries (b heads n d), keys (b heads m d) -> softmax(q k^T / sqrt d + padding (b 1 m)), averaged over heads, (b n m), in fp32.
 
     One head at a time: no (b heads n m) tensor ever exists.
     """
     total = 0
     for q_head, k_head in zip(q.float().unbind(1), k.float().unbind(1)):
-        total = total + (q_head @ k_head.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+        logits = q_head @ k_head.mT * q.shape[-1] ** -0.5
+        total = total + (logits if padding is None else logits + padding).softmax(dim=-1)
     return total / q.shape[1]
 
 
@@ -112,8 +115,8 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor, mapped: tuple[int, int] | None, bias: Tensor | None = None,
-                alone: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Pixels (b n c) attend to context (b m d), logits biased; returns (b n c) and, if asked for, the map of (rows, m) without bias.
+                padding: Tensor | None = None, alone: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Pixels (b n c) attend to context (b m d), logits biased; returns (b n c) and, if asked for, the map of (rows, m), padding alone added.
 
         The pixels of the last rows, so many as are `alone`, attend to themselves: their attention is the identity (2403.17377).
         """
@@ -123,7 +126,11 @@ class Attention(nn.Module):
         others = len(q) - alone
         out = F.scaled_dot_product_attention(q[:others], k[:others], v[:others], attn_mask=bias)
         out = rearrange(torch.cat([out, v[others:]]) if alone else out, "b heads n d -> b n (heads d)")
-        return self.to_out(out), mean_probabilities(q[:mapped[0]], k[:mapped[0], :, :mapped[1]]) if mapped else None
+        if not mapped:
+            return self.to_out(out), None
+        rows, tokens = mapped
+        padding = padding if padding is None else padding[:rows, 0, :, :tokens]
+        return self.to_out(out), mean_probabilities(q[:rows], k[:rows, :, :tokens], padding)
 
 
 class GEGLU(nn.Module):
@@ -162,7 +169,7 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         out, self_map = self.attn1(normed, normed, (asked.rows, x.shape[1]) if captured else None, alone=asked.alone)
         x = expand(x + out, rows)
-        out, cross_map = self.attn2(self.norm2(x), asked.context, (asked.rows, asked.tokens) if captured else None, asked.bias(size))
+        out, cross_map = self.attn2(self.norm2(x), asked.context, (asked.rows, asked.tokens) if captured else None, asked.bias(size), asked.padding)
         x = x + out
         x = x + self.ff(self.norm3(x))
         return x, [asked.keep(Maps(expand(self_map, asked.rows), cross_map, size))] if captured else []
@@ -250,25 +257,28 @@ class UNet(nn.Module):
                     self.output_blocks[-1].append(Upsample(width))
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
 
-    def block_names(self) -> set[str]:
-        """The prefixes of its blocks' keys."""
-        return {"middle_block", *(f"{side}.{i}" for side in ("input_blocks", "output_blocks") for i in range(len(getattr(self, side))))}
+    def attending(self) -> list[str]:
+        """The prefixes of the keys of its blocks with attention."""
+        blocks = {f"{side}.{i}": block for side in ("input_blocks", "output_blocks") for i, block in enumerate(getattr(self, side))}
+        return [name for name, block in {"middle_block": self.middle_block, **blocks}.items() if any(isinstance(layer, SpatialTransformer) for layer in block)]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None, *, map_pixels: int = 0,
-                keep: Callable[[Maps], Any] = all_of_it, shares: Tensor | None = None, perturbed: int = 0,
-                layers: Collection[str] = ()) -> tuple[Tensor, list]:
+                keep: Callable[[Maps], Any] = all_of_it, shares: Tensor | None = None, counted: Tensor | None = None,
+                perturbed: int = 0, layers: Collection[str] = ()) -> tuple[Tensor, list]:
         """Noisy latents x (b c h w), timesteps t (b), context (r*b t d), vector (r*b v) -> prediction (r*b c h w), kept maps.
 
         The context may hold r rows for every x, row by row for the whole batch: x is expanded where they first differ.
         Blocks of at most `map_pixels` pixels also compute their Maps; the list holds keep(maps) of each, in the order
         in which the blocks run. The prediction comes from fused attention in either case.
         shares (r*b k h w): how much each of the context's k equal parts counts at a pixel, one at least more than nothing; maps
-        are those of the first part as if it were alone. perturbed: so many of the last rows have no maps and, in the blocks
-        named by `layers` ("middle_block", "input_blocks.4"), identity self-attention.
+        are those of the first part as if it were alone. counted (r*b t): the tokens that are more than filling, at least one a row.
+        perturbed: so many of the last rows have no maps and, in the blocks named by `layers` ("middle_block", "input_blocks.4"),
+        identity self-attention.
         """
-        if perturbed and (unknown := set(layers) - self.block_names()):
-            raise ValueError(f"this U-Net has no block {', '.join(sorted(unknown))}: it has {', '.join(sorted(self.block_names()))}")
-        asked = Asked(context, shares, map_pixels, keep, len(context) - perturbed)
+        if perturbed and (isinstance(layers, str) or not layers or not set(layers) <= set(self.attending())):
+            raise ValueError(f"perturbed layers are some of {', '.join(self.attending())}, in a tuple; not {layers!r}")
+        padding = counted if counted is None else torch.where(counted[:, None, None], 0.0, -math.inf).to(context.dtype)
+        asked = Asked(context, shares, padding, map_pixels, keep, len(context) - perturbed)
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if (vector is None) == bool(self.config.vector_dim):
             raise ValueError(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its context")

@@ -1,10 +1,12 @@
 """Areas and regions as data."""
+from functools import reduce
+
 import pytest
 import torch
 from PIL import Image
 
 import scfg
-from scfg.area import described, elapsed
+from scfg.area import Area, described, elapsed, places
 from scfg.noise import SIGMAS
 from scfg.segment import Regions, Word
 
@@ -72,8 +74,54 @@ def test_an_area_that_cannot_be_is_one_line(text):
     assert "\n" not in str(caught.value)
 
 
+def test_masks_of_all_kinds_of_files(tmp_path):
+    """White counts, in 8 and in 16 bits; what is transparent does not."""
+    light = torch.tensor([0, 64, 128, 255], dtype=torch.uint8).numpy()[None].repeat(2, 0)
+    images = {"L": Image.fromarray(light), "RGB": Image.fromarray(light).convert("RGB"), "P": Image.fromarray(light).convert("P"),
+              "I;16": Image.fromarray(light.astype("uint16") * 257)}
+    for mode, image in images.items():
+        assert image.mode == mode
+        image.save(tmp_path / "mask.png")
+        assert torch.allclose(scfg.mask(tmp_path / "mask.png")(None, (2, 4))[0, 0, 0], torch.tensor([0, 64, 128, 255]) / 255, atol=1e-6)
+    white = Image.new("RGBA", (4, 2), "white")
+    white.putalpha(Image.fromarray(light))
+    white.save(tmp_path / "mask.png")
+    assert torch.allclose(scfg.mask(tmp_path / "mask.png")(None, (2, 4))[0, 0, 0], torch.tensor([0, 64, 128, 255]) / 255, atol=1e-6)
+
+
+def test_a_file_that_is_no_mask_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    for name in ("text", "half", "whole"):                                    # the last one is now suspiciously large
+        with pytest.raises(scfg.BadInput, match=f"{name}.png is no picture to be used as a mask: "):
+            scfg.mask(tmp_path / f"{name}.png")
+
+
+def test_many_operators_take_no_more_than_their_areas():
+    counted = []
+
+    def of(regions: Regions) -> torch.Tensor:
+        counted.append(1)
+        return regions.foreground
+
+    area = reduce(Area.__or__, [Area(of, "an area", needs_regions=True)] * 12)
+    assert torch.equal(area(REGIONS, (2, 4)), REGIONS.foreground) and len(counted) == 12
+
+
+def test_blanks_and_signs_do_not_keep_a_phrase_from_being_found():
+    said = tuple(Word(text, i + 1, i + 2) for i, text in enumerate("a red - car with 6 4 stars".split()))
+    assert [word.text for word in places(said, "red-car")] == ["red", "-", "car"] and [word.text for word in places(said, "64 stars")] == ["6", "4", "stars"]
+    for absent in ("ar", "redcar", "stars a", "", "re"):
+        with pytest.raises(scfg.BadInput, match="is not in the prompt"):
+            places(said, absent)
+    with pytest.raises(scfg.BadInput, match="needs a prompt that knows its words"):
+        scfg.words("car")(REGIONS._replace(words=()), (2, 4))
+
+
 def test_masks_that_cannot_be():
-    for wrong in (torch.full((4, 4), 2.0), torch.zeros(1, 3, 4, 4)):
+    for wrong in (torch.full((4, 4), 2.0), torch.zeros(1, 3, 4, 4), torch.zeros(0, 4), torch.zeros(1, 1, 1, 4, 4)):
         with pytest.raises(scfg.BadInput, match="values from 0 to 1"):
             scfg.mask(wrong)
 

@@ -93,7 +93,7 @@ def test_an_all_zero_unconditional_context_takes_its_foreground_from_the_other_h
     zeros = model.placed(words, 2)
     assert not zeros.context["uncond"].any() and not zeros.pooled["uncond"].any()
     found = model.denoiser(zeros, SCFG(5.0), maps=True)(x, 3.0, None)
-    assert "all zeros" in found.notes[-1]
+    assert "all zeros" in found.notes[-1].what
     expected = CONDITIONAL.assign([OFFICIAL.complete(block) for block in found.maps])
     assert torch.equal(found.regions.foreground, expected.foreground) and 0 < expected.foreground.mean() < 1
     assert torch.equal(found.regions.tokens, expected.tokens)

@@ -38,7 +38,7 @@ def test_the_core_stays_small():
                 code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         return len(code)
     core = [path for path in OURS if path.parent.name == "scfg" and path.stem not in ("flatland", "report")]
-    assert sum(map(code_lines, core)) < 1650
+    assert sum(map(code_lines, core)) < 1700
 
 
 def test_an_installed_wheel_makes_the_same_picture_away_from_the_source(tmp_path, flat):

@@ -32,7 +32,7 @@ def halves(b: int = 2, h: int = 6, w: int = 8) -> Regions:
     tokens = torch.zeros(b, 5, h, w)
     tokens[:, 1, :, :w // 2] = 1
     tokens[:, 2, :, w // 2:] = 1
-    return Regions(tokens, torch.ones(b, 1, h, w), tokens)
+    return Regions(tokens, torch.ones(b, 1, h, w), tokens + 0.01)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -65,7 +65,7 @@ def test_without_a_foreground():
     regions, difference = halves()._replace(foreground=torch.zeros(2, 1, 6, 8)), seeded(2, 4, 12, 16)
     assert torch.allclose(SCFG(5.0)(difference, regions, 1.0), torch.tensor(4.0))                       # the official clamp
     assert torch.equal(SCFG.paper(5.0)(difference, regions, 1.0), torch.full((2, 1, 12, 16), 5.0))
-    assert "no foreground" in SCFG.paper(5.0).notes(regions, 1.0)[0] and SCFG.paper(5.0).notes(halves(), 1.0) == ()
+    assert "no foreground" in SCFG.paper(5.0).notes(regions, 1.0)[0].what and SCFG.paper(5.0).notes(halves(), 1.0) == ()
 
 
 def test_with_all_rates_one_the_output_is_cfg_bit_for_bit():
@@ -141,7 +141,7 @@ def test_regions_act_in_their_order_softly_and_in_their_time():
     tiny[0, 0] = 1
     nowhere = ByRegion(CFG(4.0), (Region(scfg.mask(tiny), scale=8.0),))
     assert torch.all(nowhere(ROWS["cond"], None, 3.0) == 4)
-    assert nowhere.notes(None, 3.0) == ("a mask is nowhere, or nearly, in picture 0 of the batch: nothing of its own there",)
+    assert list(map(str, nowhere.notes(None, 3.0))) == ["a mask is nowhere, or nearly: nothing of its own there"]
 
 
 def test_apg_against_the_formula_in_float64():
@@ -169,6 +169,22 @@ def test_a_ramp_and_an_interval_say_when():
     assert [Interval(1.0, 2.0)(sigma) for sigma in (1.0, 1.5, 2.0, 2.5)] == [0, 1, 1, 0]
 
 
+def test_two_recipes_of_one_step_are_refused():
+    with pytest.raises(scfg.BadInput, match="segmented by one recipe"):
+        Product(SCFG(2.0), SCFG.paper(1.0)).segmentation
+    assert Product(SCFG(2.0), CFG(1.0)).segmentation == Product(Energy(), SCFG(2.0)).segmentation == OFFICIAL
+
+
+def test_a_step_without_guidance_ends_what_a_direction_remembers():
+    guidance = Guidance(direction=APG(), scale=CFG(3.0), when=Interval(1.0, 2.0))
+    guided = guidance.combine(ROWS, None, 1.5)
+    assert guided.state is not None and guidance.combine(ROWS, None, 0.5, guided.state).state is None
+
+
+def test_rescaling_nothing_leaves_a_constant():
+    assert torch.equal(Rescale(0.0)(torch.ones(1, 4, 3, 3), seeded(1, 4, 3, 3)), torch.ones(1, 4, 3, 3))
+
+
 def test_printing_a_guidance_shows_the_order_and_the_rows():
     everything = Guidance(PAG(), APG(), SCFG(7.5), Rescale(), Interval(0.3, 5.0))
     lines = str(everything).splitlines()
@@ -181,5 +197,9 @@ def test_flat_maps_are_plain_guidance_and_say_so():
     flat = halves()._replace(scores=torch.ones(2, 5, 6, 8))
     assert flat.contrast().flatten().tolist() == [1, 1]
     rule = SCFG(5.0, contrast=1.2)
-    assert torch.all(rule(ROWS["cond"], flat, 1.0) == 5) and "attention shows no regions in picture 0, 1" in rule.notes(flat, 1.0)[0]
-    assert rule.notes(halves()._replace(scores=halves().tokens + 0.1), 1.0) == ()
+    assert torch.all(rule(ROWS["cond"], flat, 1.0) == 5) and list(map(str, rule.notes(flat, 1.0))) == ["attention shows no regions: plain CFG there"]
+    assert rule.notes(halves(), 1.0) == () and not torch.all(rule(ROWS["cond"], halves(), 1.0) == 5)
+    mixed = flat._replace(scores=torch.stack([flat.scores[0], halves().scores[1]]))
+    assert list(map(str, rule.notes(mixed, 1.0))) == ["attention shows no regions in picture 0 of the batch: plain CFG there"]
+    without = mixed._replace(foreground=torch.zeros(2, 1, 6, 8))              # what flat maps say of the foreground is not said
+    assert [note.pictures for note in rule.notes(without, 1.0)] == [(1,), (0,)]

@@ -92,6 +92,12 @@ WRONG = {
     "no area": (["--region", ":scale=9"], "an area is a word of the prompt"),
     "odd option": (["--region", "car:colour=red"], "asks for 'colour'"),
     "odd value": (["--region", "car:scale=big"], "'big' is no number from 0 to 1000"),
+    "twice the same": (["--region", "car:scale=3,scale=9"], "gives scale twice"),
+    "no comma": (["--region", "car:scale=9prompt=a pink star"], "'9prompt=a pink star' is no number"),
+    "base alone": (["--region", "car:scale=3,base=0.5"], "base is what the whole prompt still counts"),
+    "no time": (["--region", "car:scale=5,start=0.9,end=0.1"], "is over before it starts"),
+    "region not UTF-8": (["--region", "car:prompt=a pink \udce9 star"], "not UTF-8"),
+    "empty interval": (["--interval", "9", "0.3"], "give the lower one first"),
     "two times": (["--interval", "1", "2", "--ramp", "linear"], "not allowed with argument"),
     "no text tower": (["--checkpoint", str(DATA / "tiny_sd1.safetensors")], "no text tower"),
 }

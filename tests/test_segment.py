@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import DATA, seeded
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from scfg import OFFICIAL, PAPER, Maps, segment
 from scfg.segment import blur
@@ -55,6 +56,16 @@ def test_ties_belong_to_all_officially_and_to_the_first_in_the_paper():
     uniform = Maps(torch.full((2, 4, 4), 0.25), torch.full((2, 4, 3), 1 / 3), (2, 2))
     assert segment([uniform], OFFICIAL).tokens.sum() == 12
     assert segment([uniform], PAPER).tokens[:, 0].sum() == segment([uniform], PAPER).tokens.sum() == 4
+
+
+@pytest.mark.parametrize("recipe", [OFFICIAL, PAPER])
+def test_a_token_that_nothing_attends_to_owns_nothing(recipe):
+    maps = random_maps(2, 5, 7)
+    without = segment([maps._replace(cross=F.pad(maps.cross, (0, 3)))], recipe)
+    straight = segment([maps], recipe)
+    assert torch.allclose(without.scores[:, :9], straight.scores, rtol=1e-5) and not without.scores[:, 9:].any()
+    assert torch.equal(without.tokens[:, :9], straight.tokens) and torch.equal(without.foreground, straight.foreground)
+    assert torch.allclose(without.contrast(), straight.contrast())
 
 
 def test_completion_is_the_polynomial_of_the_self_map():

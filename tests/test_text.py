@@ -110,6 +110,8 @@ WRITTEN = {
     r"(a\):1.2)": [("a)", 1.2)],
     "(unnecessary)(parens)": [("unnecessaryparens", 1.1)],
     "time 10:30": [("time 10:30", 1)],
+    "(a:1.)": [("a", 1)],
+    r"a\b \(c": [("ab (c", 1)],
     "(a:b)": [("a:b", 1.1)],
     "(a:1.2:1.3)": [("a:1.2", 1.3)],
     "()": [],
@@ -138,17 +140,20 @@ def test_weights_multiply_states_and_keep_their_mean():
 
 
 def test_a_long_prompt_goes_on_in_chunks():
-    """Eight tokens at once, six of them words; the negative is filled up to as many chunks."""
+    """Eight tokens at once, six of them words; the negative has as many chunks as it needs."""
     text, said = tower(), "the cat of the cat of of the cat of the"
     tokens = text.tokenize(said)
     start, end = tokens.chunks[0][0], tokens.chunks[0][-1]
     assert [len(chunk) for chunk in tokens.chunks] == [8, 7] and all((c[0], c[-1]) == (start, end) for c in tokens.chunks)
     assert [word.text for word in tokens.words] == said.split() and [word.start for word in tokens.words] == [1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]
     prompt = text.prompt([said], [""], torch.device("cpu"))
-    assert prompt.context["cond"].shape == prompt.context["uncond"].shape == (1, 16, 64) and prompt.chunk == 8
+    assert prompt.context["cond"].shape == (1, 16, 64) and prompt.context["uncond"].shape == (1, 8, 64) and prompt.chunk == 8
     alone = text.prompt(["of the cat of the"], [""], torch.device("cpu")).context
     assert torch.allclose(prompt.context["cond"][:, 8:], alone["cond"], atol=1e-6)
-    assert torch.allclose(prompt.context["uncond"], alone["uncond"].repeat(1, 2, 1), atol=1e-6)
+    assert torch.equal(prompt.context["uncond"], alone["uncond"])
+    several = text.prompt(["of the cat of the", said], None, torch.device("cpu"))
+    assert several.context["cond"].shape == (2, 16, 64) and several.lengths == {"cond": (8, 16), "uncond": (8, 16)}
+    assert torch.allclose(several.context["cond"][0, :8], alone["cond"][0], atol=1e-6) and not several.context["cond"][0, 8:].any()
 
 
 def test_break_and_commas_begin_chunks():
@@ -156,6 +161,13 @@ def test_break_and_commas_begin_chunks():
     assert [len(chunk) - 2 for chunk in text.tokenize("the BREAK cat of BREAK").chunks] == [1, 2, 0]
     wrapped = text.tokenize("the cat of, the cat of")                                       # a word of the last phrase has no room
     assert [len(chunk) - 2 for chunk in wrapped.chunks] == [4, 3] and [word.start for word in wrapped.words] == [1, 2, 3, 4, 9, 10, 11]
+    assert [len(chunk) - 2 for chunk in text.tokenize("the, cat of the, cat").chunks] == [6, 1]          # after the comma itself nothing wraps
+    assert [len(chunk) - 2 for chunk in text.tokenize("the, cat of the of, cat").chunks] == [6, 2]       # nor where a comma has no room
+    assert [len(chunk) - 2 for chunk in text.tokenize("the, of of of of xyz").chunks] == [6, 3]             # nor where both have no room
+    large = tower(77)
+    for after, kept in ((19, 56), (20, 76 - 1)):                              # as the WebUI: 20 tokens after a comma are too many
+        said = " ".join(["of"] * (74 - after) + [","] + ["cat"] * (after + 1))
+        assert [len(chunk) - 2 for chunk in large.tokenize(said).chunks] == [kept, 76 - kept]
 
 
 def test_the_original_vocabulary_file(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from ..config import BadInput
 from ..diffusion import SAMPLERS, embedded_checkpoint, load
 from ..guidance import NAMED
+from ..memory import keep_freed_memory
 from . import flatland, regions, segment
 from .judge import load_judge
 
@@ -92,6 +93,7 @@ def write(path: Path, values: dict) -> None:
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         {"flatland": run_flatland, "segment": run_segment, "regions": run_regions}[args.kind](args)
