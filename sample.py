@@ -27,7 +27,7 @@ SAMPLER_NAMES = {                                                 # as Stable Di
     "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun",
     "unipc": "UniPC", "ddim": "DDIM"}
 DIRECTIONS = {"apg": scfg.APG(), "zero": scfg.ZeroStar()}
-NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, {c.guidance} at scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
+NATIVE = "; ".join(f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
                    for c in (*scfg.config.FAMILIES, scfg.config.FLATLAND))
 LARGEST_SIDE = 8192
 EXAMPLE = "'car:scale=9' or 'sky.png & ~car:start=0.2,end=0.6,prompt=a night sky'"
@@ -102,8 +102,8 @@ def region(text: str) -> Asked:
 
 def add_guidance(parser: Parser) -> None:
     add = parser.add_argument
-    add("--guidance", choices=NAMED, help="one scale a region, by the authors' program, their paper, their mean or the conditional half's "
-        "foreground; or plain (default: the family's own, see below)")
+    add("--guidance", choices=NAMED, default="scfg", help="one scale a region, by the authors' program, their paper, their mean or the "
+        "conditional half's foreground; or plain (default: %(default)s)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add("--region", type=region, action="append", default=[], metavar="AREA:...",
         help="a scale, or times, or a prompt for a word's area, a mask file's, the foreground or what | & ~ make of them, with start, end, "
@@ -222,7 +222,6 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     model, prompt = load(args.checkpoint, prediction=args.prediction, vae=args.vae)
     for phrase in (phrase for asked in args.region for phrase in asked.area.phrases):
         places(prompt.words[0], phrase)                                       # a word that is not there, said before any work
-    args.guidance = args.guidance or model.config.guidance
     args.scale = model.config.scale if args.scale is None else args.scale
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)

@@ -65,8 +65,7 @@ class Config:
     zero_negative: bool = False                       # without a negative prompt: zeros instead of the encoded empty text
     aesthetic: tuple[float, float] | None = None      # the vector's score (uncond, cond), in place of the target size
     size: tuple[int, int] = (512, 512)                # native width and height in pixels
-    guidance: str = "scfg"                            # native rule, a name in guidance.NAMED,
-    scale: float = 7.5                                # and its scale
+    scale: float = 7.5                                # native guidance scale
     spacing: str | None = None                        # native noise levels; None: as usual for the sampler
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +106,7 @@ SDXL_REFINER = replace(
                     head_channels=64, linear_projections=True, vector_dim=2560))
 
 FLATLAND = Config(                                    # latent_scale and vocabulary are filled in by its training
-    "Flatland", prediction="v", latent_scale=1.0, map_divisor=1, size=(64, 64), guidance="scfg-cond", scale=2.0,
+    "Flatland", prediction="v", latent_scale=1.0, map_divisor=1, size=(64, 64), scale=2.0,
     unet=UNetConfig(context_dim=128, model_channels=64, channel_mult=(1, 2), transformer_depth=(1, 1), res_blocks=1, heads=2),
     vae=VAEConfig(channels=32, channel_mult=(1, 2, 2), res_blocks=1),
     text=(TextConfig(width=128, layers=2, heads=4, length=16),))

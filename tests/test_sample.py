@@ -125,4 +125,4 @@ def test_help_names_the_world_and_what_is_native(capsys):
     with pytest.raises(SystemExit):
         sample.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "mushroom" in said and "SDXL 1024x1024, scfg at scale 5, trailing spacing" in said
+    assert "mushroom" in said and "SDXL 1024x1024, scale 5, trailing spacing" in said

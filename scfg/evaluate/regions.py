@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..area import Area, Region, mask, words
 from ..diffusion import Diffusion
 from ..flatland import COLOURS, UNSEEN_KINDS, Scene, compose
-from ..guidance import NAMED, ByRegion, ScaleRule
+from ..guidance import SCFG, ByRegion, ScaleRule
 from ..segment import Regions
 from ..text import Part
 from .flatland import BATCH, HELD_OUT, Share, contact_sheet
@@ -49,7 +49,7 @@ def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made]
     scenes = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name)
     with tqdm(total=count, desc="pictures that are wholly right") as progress:
         while len(found) < count:
-            made = paint(model, judge, list(islice(scenes, BATCH)), NAMED[model.config.guidance](model.config.scale))
+            made = paint(model, judge, list(islice(scenes, BATCH)), SCFG(model.config.scale))
             right = [one for one in made if verdict(one.scene, one.reading).whole]
             found, tried = found + right, tried + len(made)
             progress.update(len(right))
@@ -69,7 +69,7 @@ def doubled(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made
     after = []
     for some in in_batches(before, "one word's scale doubled"):
         area = of_each([words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some])
-        after += paint(model, judge, [one.scene for one in some], ByRegion(NAMED[model.config.guidance](model.config.scale), (Region(area, times=2.0),)))
+        after += paint(model, judge, [one.scene for one in some], ByRegion(SCFG(model.config.scale), (Region(area, times=2.0),)))
     return after
 
 
@@ -101,7 +101,7 @@ def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made], area: Call
     after = []
     for some in in_batches(before, what):
         part = Part(mask(torch.stack([area(one) for one in some])), tuple(text(one.scene) for one in some))
-        after += paint(model, judge, [one.scene for one in some], NAMED[model.config.guidance](model.config.scale), [part])
+        after += paint(model, judge, [one.scene for one in some], SCFG(model.config.scale), [part])
     return after
 
 

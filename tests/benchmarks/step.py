@@ -197,7 +197,7 @@ def part_profile(args: argparse.Namespace) -> dict[str, Any]:
 def part_flatland(args: argparse.Namespace) -> dict[str, Any]:
     """The embedded model's sampling by itself: one picture, 20 steps of its own guidance."""
     model = scfg.load(device=args.device)
-    prompt, rule = model.prompt("a red car left of a blue star on grass"), scfg.guidance.NAMED[model.config.guidance](model.config.scale)
+    prompt, rule = model.prompt("a red car left of a blue star on grass"), scfg.SCFG(model.config.scale)
     seconds = alternated({"20 steps": lambda: list(model.sample(prompt, rule, steps=20))}, args.rounds)["20 steps"]
     return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
