@@ -172,7 +172,7 @@ def test_the_script_runs_base_and_refiner_and_says_what_it_runs(files, tmp_path,
     refined = sample.run(sample.parse([*words, "--refiner", str(files / "sdxl_refiner.safetensors"), "--refiner-from", "0.5"]))
     said = capsys.readouterr().out
     assert "1 from seed 0, SDXL refiner from 0.5 on\n" in said
-    assert "note, in 2 of 3 steps: the unconditional context is all zeros" in said                # the refiner's is not
+    assert "note, in 2 of 3 steps, 1 of 1 pictures (seed 0): the unconditional context is all zeros" in said                # the refiner's is not
     others = [sample.run(sample.parse([*words, *more])) for more in (
         ["--clip-skip", "1"], ["--negative", "dog"], ["--sampler", "euler_ancestral"], ["--sampler", "euler_ancestral", "--eta", "0.5"])]
     facts = [Image.open(path).text["parameters"] for path in sorted(tmp_path.glob("*-0.png"))]
