@@ -258,7 +258,7 @@ def write(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, 
         picture = to_image(model.decode(latent[None])[0])
         name, text = f"{next_number(args.out):05d}-{seed}", parameters(args, model, seed, picture)
         title = f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})"
-        save(report(picture, scores, scale, prompt.words[0], title), args.out / f"{name}-regions.png", text)
+        save(report(picture, scores, scale, prompt.words[0], title, prompt.chunk), args.out / f"{name}-regions.png", text)
         save(picture, args.out / f"{name}.png", text)
 
 

@@ -33,17 +33,17 @@ def word_colour(text: str, otherwise: tuple[int, int, int]) -> tuple[int, int, i
         return otherwise
 
 
-def named_areas(scores: Tensor, words: Sequence[Word]) -> list[Named]:
-    """Token scores (t h w) -> the areas of the start token, of every word, and of the end with its padding.
+def named_areas(scores: Tensor, words: Sequence[Word], chunk: int | None = None) -> list[Named]:
+    """Token scores (t h w) -> the areas of the start tokens, one every `chunk` tokens, of every word, and of all the rest, ends and padding.
 
     A pixel belongs to its best token, a word owns the pixels of all its tokens; words without a pixel are left out.
     """
     best = scores.argmax(0).cpu().numpy()
-    after = max((word.stop for word in words), default=1)
-    spans = [("start token", 0, 1, START), ("end and padding", after, scores.shape[0], END)]
-    spans += [(*word, word_colour(word.text, colour)) for word, colour in zip(words, cycle(WORD_COLOURS))]
-    areas = [Named(name, (best >= start) & (best < stop), colour) for name, start, stop, colour in spans]
-    return [area for area in areas if area.mask.any()]
+    start = best % (chunk or len(scores)) == 0
+    owned = [Named(word.text, (best >= word.start) & (best < word.stop) & ~start, word_colour(word.text, colour))
+             for word, colour in zip(words, cycle(WORD_COLOURS))]
+    rest = ~np.logical_or.reduce([start, *(area.mask for area in owned)])
+    return [area for area in (Named("start token", start, START), Named("end and padding", rest, END), *owned) if area.mask.any()]
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -74,9 +74,9 @@ def panels(image: Image.Image, areas: Sequence[Named], scale: np.ndarray, longer
     return shown, regions, coloured(scale, scale.min(), scale.max()).resize(size, Image.Resampling.NEAREST)
 
 
-def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str) -> Image.Image:
+def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Word], title: str, chunk: int | None = None) -> Image.Image:
     """One sheet: the picture, its regions (scores (t h w)) with their names, the scale map (h w) with its colour bar."""
-    areas, values = named_areas(scores, words), scale.cpu().numpy().astype(float)
+    areas, values = named_areas(scores, words, chunk), scale.cpu().numpy().astype(float)
     drawn = panels(image, areas, values)
     width, height = drawn[0].size
 

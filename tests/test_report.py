@@ -18,6 +18,8 @@ def test_areas_are_named_by_word_start_and_padding():
     assert areas["red"].colour == (255, 0, 0)
     assert (areas["start token"].colour, areas["end and padding"].colour) == (START, END)
     assert set(map(lambda area: area.name, named_areas(scores([1, 1]), (Word("cat", 1, 3),)))) == {"cat"}
+    chunks = {area.name: area.mask.tolist() for area in named_areas(scores([0, 3], [4, 5]), (Word("cat", 1, 2), Word("dog", 4, 5)), 3)}
+    assert chunks == {"start token": [[True, True], [False, False]], "dog": [[False, False], [True, False]], "end and padding": [[False, False], [False, True]]}
     assert named_areas(scores([1, 1]), ())[0].name == "end and padding"
 
 
