@@ -83,7 +83,10 @@ def region(text: str) -> Asked:
             raise argparse.ArgumentTypeError(f"{text!r} asks for {name!r}: a region has {', '.join(REGION_OPTIONS)} and prompt, as in {EXAMPLE}")
         if name in values:
             raise argparse.ArgumentTypeError(f"{text!r} gives {name} twice: give it once")
-        values[name] = REGION_OPTIONS[name](value)
+        try:
+            values[name] = REGION_OPTIONS[name](value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {name} {error}, as in {EXAMPLE}") from None
     if not prompt and not {"scale", "times"} & set(values):
         raise argparse.ArgumentTypeError(f"{text!r} asks for nothing: give a scale, times or a prompt, as in {EXAMPLE}")
     if "base" in values and not prompt:
@@ -107,7 +110,7 @@ def add_guidance(parser: Parser) -> None:
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add("--region", type=region, action="append", default=[], metavar="AREA:...",
         help="a scale, or times, or a prompt for a word's area, a mask file's, the foreground or what | & ~ make of them, with start, end, "
-        f"feather and base (what the whole prompt still counts there): {EXAMPLE}; may be given again")
+        f"feather and base (what the whole prompt still counts there), prompt last: {EXAMPLE}; a mask is white inside; may be given again")
     add("--direction", choices=DIRECTIONS, help="apg: less of what saturates colours; zero: the unconditional output scaled first (CFG-Zero*)")
     add("--pag", type=number(float, 0, 100), metavar="SCALE", help="perturbed-attention guidance besides, of this scale (usual: 3)")
     add("--rescale", type=number(float, 0, 1), metavar="PHI", help="share by which contrast is brought back to the unguided one's (usual: 0.7)")
@@ -206,6 +209,13 @@ def guidance_of(args: argparse.Namespace) -> scfg.Guidance:
         when=scfg.Interval(*args.interval) if args.interval else scfg.Ramp(shape=args.ramp) if args.ramp else None)
 
 
+def in_short(args: argparse.Namespace) -> str:
+    """Which guidance, for a line or a title."""
+    guidance = guidance_of(args)
+    beside = [str(slot) for slot in (guidance.direction, guidance.perturb, guidance.rescale, guidance.when) if slot]
+    return ", ".join([f"{args.guidance} at scale {args.scale:g}", *beside, *(repr(asked.said) for asked in args.region)])
+
+
 class Made(NamedTuple):
     latent: Tensor                                    # (b c h w)
     scores: Tensor                                    # (b t h w) of every token, mean of the middle third of the steps
@@ -230,7 +240,7 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     refiner = scfg.Refiner(*load(args.refiner), args.refiner_from) if args.refiner else None
     model.check(args.sampler, args.steps, args.eta, refiner)
     check_writable(args.out)
-    print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {args.guidance} at scale {args.scale:g}, {args.steps} steps of "
+    print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {in_short(args)}, {args.steps} steps of "
           f"{SAMPLER_NAMES[args.sampler]} over {args.spacing} noise levels, {args.count} from seed {args.seed}"
           + (f", {refiner.model.config.name} from {refiner.start:g} on" if refiner else ""))
     return model, prompt, refiner
@@ -257,7 +267,7 @@ def write(model: scfg.Diffusion, prompt: scfg.Prompt, args: argparse.Namespace, 
     for seed, latent, scores, scale in zip(seeds, made.latent, made.scores, made.scale):
         picture = to_image(model.decode(latent[None])[0])
         name, text = f"{next_number(args.out):05d}-{seed}", parameters(args, model, seed, picture)
-        title = f"{args.prompt}   ({args.guidance}, scale {args.scale:g}, seed {seed})"
+        title = f"{args.prompt}   ({in_short(args)}, seed {seed})"
         save(report(picture, scores, scale, prompt.words[0], title, prompt.chunk), args.out / f"{name}-regions.png", text)
         save(picture, args.out / f"{name}.png", text)
 

@@ -220,17 +220,18 @@ class Diffusion:
             warnings.warn(f"the refiner never takes over: none of the {steps} steps lies in its share of the timesteps", stacklevel=3)
         return levels
 
-    def sample(self, prompt: Prompt, guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
+    def sample(self, prompt: Prompt | str, guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
                spacing: Spacing | None = None, steps: int = 30, size: tuple[int, int] | None = None,
                seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float | None = None,
                refiner: Refiner | None = None, watch: range = range(0), maps: bool = False) -> Iterator[Step]:
         """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
 
-        size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
+        prompt: encoded, or a text as it is. size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
         noise depends on its seed alone. latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for
         samplers that have it (default: the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
         A prompt of one picture serves any number of seeds.
         """
+        prompt = self.prompt(prompt) if isinstance(prompt, str) else prompt
         self.check(sampler, steps, eta, refiner)
         if self.config.aesthetic and latent is None:
             warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "

@@ -90,10 +90,8 @@ class SCFG:
         means = masked_mean(norm, tokens)                                     # D_i, (b t 1 1)
         rates = torch.where(means > 0, level / (means + 1e-8), 0)
         rate = (rates * tokens).sum(1, keepdim=True)
-        if self.limits:
-            rate = rate.clamp(*self.limits)
-        else:                                                                 # without a lower limit nothing to compare with
-            rate = torch.where(level > 0, rate, 1)                            # would switch guidance off
+        # without a lower limit nothing to compare with would switch guidance off
+        rate = rate.clamp(*self.limits) if self.limits else torch.where(level > 0, rate, 1)
         if self.ceiling and self.gamma > 0:
             rate = rate.clamp_max(self.ceiling / self.gamma)
         rate = 1 + blur(rate - 1) if self.smooth else rate                    # a rate of one stays exactly one
@@ -254,7 +252,7 @@ class Ramp:
         return self.first + (self.last - self.first) * done
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Named slots; everything acts on the network's outputs, in the order that str() shows.
 
@@ -267,6 +265,10 @@ class Guidance:
     scale: ScaleRule = SCFG()
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
     when: Callable[[float], float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, int | float):
+            raise BadInput(f"a scale of {self.scale:g} needs a rule: CFG({self.scale:g}) guides plainly, SCFG({self.scale:g}) by region")
 
     def strength(self, sigma: float) -> float:
         return 1.0 if self.when is None else float(self.when(sigma))

@@ -1,6 +1,7 @@
 """What a run computed, as pictures: regions coloured and named, the guidance scale at every place."""
 from collections.abc import Sequence
 from itertools import cycle
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -80,10 +81,13 @@ def report(image: Image.Image, scores: Tensor, scale: Tensor, words: Sequence[Wo
     drawn = panels(image, areas, values)
     width, height = drawn[0].size
 
-    top, wide = MARGIN + 2 * LINE, max(width, 200)
+    wide, font = max(width, 200), ImageFont.load_default(14)
+    lines = wrap(title, int((3 * wide + 2 * MARGIN) / font.getlength("n")))
+    top = MARGIN + (len(lines) + 1) * LINE
     sheet = Image.new("RGB", (4 * MARGIN + 3 * wide, top + height + MARGIN + max(2, len(areas)) * LINE + MARGIN), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((MARGIN, MARGIN - 4), title, INK, font)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN - 4 + i * LINE), line, INK, font)
     lefts = [MARGIN + i * (wide + MARGIN) for i in range(3)]
     for left, panel, caption in zip(lefts, drawn, ("picture", "regions, mean of the middle steps", "guidance scale, mean")):
         sheet.paste(panel, (left, top))

@@ -136,10 +136,8 @@ def hub_answers() -> bool:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)                # a refusal is an answer
     return True
 
 

@@ -64,9 +64,9 @@ def mean_probabilities(q: Tensor, k: Tensor, padding: Tensor | None = None) -> T
 
     One head at a time: no (b heads n m) tensor ever exists.
     """
-    total = 0
-    for q_head, k_head in zip(q.float().unbind(1), k.float().unbind(1)):
-        logits = q_head @ k_head.mT * q.shape[-1] ** -0.5
+    q, total = q.float() * q.shape[-1] ** -0.5, 0
+    for q_head, k_head in zip(q.unbind(1), k.float().unbind(1)):
+        logits = q_head @ k_head.mT
         total = total + (logits if padding is None else logits + padding).softmax(dim=-1)
     return total / q.shape[1]
 

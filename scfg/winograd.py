@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHANNELS, PIXELS = 256, 512                           # with fewer the transforms cost more than the products that they save
-TILES = 512                                           # at once: what is in hand stays near the cores, and small for large pictures
+TILES = 256                                           # at once: what is in hand stays near the cores, and small for large pictures
 
 # B^T, G and A^T of the paper; rows and columns in one product
 INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (

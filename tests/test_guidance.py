@@ -186,11 +186,16 @@ def test_rescaling_nothing_leaves_a_constant():
 
 
 def test_printing_a_guidance_shows_the_order_and_the_rows():
-    everything = Guidance(PAG(), APG(), SCFG(7.5), Rescale(), Interval(0.3, 5.0))
+    everything = Guidance(perturb=PAG(), direction=APG(), scale=SCFG(7.5), rescale=Rescale(), when=Interval(0.3, 5.0))
     lines = str(everything).splitlines()
     assert [line.split(":")[0] for line in lines] == ["direction", "scale", "perturb", "rescale", "when", "rows a step"]
     assert lines[-1] == "rows a step: 3 (uncond, cond, perturbed); 1 (cond) where `when` is 0"
     assert str(Guidance(scale=CFG(5.0))).splitlines()[-1] == "rows a step: 2 (uncond, cond)"
+
+
+def test_a_number_is_no_guidance():
+    with pytest.raises(scfg.BadInput, match=r"a scale of 5 needs a rule: CFG\(5\) guides plainly"):
+        Guidance(scale=5.0)
 
 
 def test_flat_maps_are_plain_guidance_and_say_so():

@@ -96,7 +96,7 @@ def test_long_prompts(flat):
 
 
 def test_everything_together_in_one_line(flat):
-    guidance = scfg.Guidance(scfg.PAG(), scfg.APG(), scfg.SCFG(3.0), scfg.Rescale(), scfg.Interval(0.3, 9.0))
+    guidance = scfg.Guidance(perturb=scfg.PAG(), direction=scfg.APG(), scale=scfg.SCFG(3.0), rescale=scfg.Rescale(), when=scfg.Interval(0.3, 9.0))
     steps = [list(flat.sample(flat.prompt(SAID), guidance, steps=8, watch=range(8))) for _ in range(2)]
     assert torch.equal(steps[0][-1].latent, steps[1][-1].latent) and steps[0][-1].latent.isfinite().all()
     rows = sum(len(step.denoised.out) for step in steps[0])

@@ -30,5 +30,12 @@ def test_the_sheet_shows_region_colours_and_scales_at_their_places():
     assert sheet[150, 16 + 800 + 90].tolist() == [68, 1, 84] and sheet[150, 16 + 800 + 290].tolist() == [253, 231, 37]
 
 
+def test_a_long_title_goes_on_in_the_next_line():
+    short, long = (report(Image.new("RGB", (64, 32)), scores([1]), torch.ones(1, 1), (), title) for title in ("a car", "a red car " * 30))
+    rows_of_ink = (np.asarray(long)[:long.height - short.height + 40].min((1, 2)) < 128).sum()
+    assert long.width == short.width and long.height == short.height + 2 * 20 and rows_of_ink > 30
+    assert np.asarray(long)[:, -8:].min() > 200                                      # nothing runs off the sheet
+
+
 def test_extreme_shapes_still_make_a_sheet():
     assert report(Image.new("RGB", (4096, 4)), scores([1]), torch.ones(1, 1), (), "t").height > 40

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on the cpu, else float16)")
     parser.add_argument("--compile", action="store_true", help="ours and diffusers' networks, for the part `steps`")
     parser.add_argument("--quick", action="store_true", help="our CFG and S-CFG steps and diffusers' CFG step only, for the part `steps`")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 5 GB (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 7 GB (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/step.json"))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
