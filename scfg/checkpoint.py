@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from .config import SD1, SD2_V, SDXL, SDXL_REFINER, BadInput, Config, TextConfig, VAEConfig
-from .text import Text
+from .layers import Conv3x3, Linear
+from .text import Text, Tower
 from .unet import UNet
 from .vae import VAE
 
@@ -160,8 +161,17 @@ def tower_sizes(tower: TextConfig, tensors: dict[str, Tensor]) -> TextConfig:
     return replace(tower, width=width, layers=layers, heads=max(1, width // 64), length=length, vocabulary=vocabulary, pooled=pooled)
 
 
+def widened_in_use(network: nn.Module) -> list[str]:
+    """The weights that may have fewer bits than the network computes with."""
+    return [f"{place}.{name}" for place, module in network.named_modules() if isinstance(module, Linear | Conv3x3 | Tower)
+            for name, weight in module.named_parameters() if weight.ndim > 1]
+
+
 def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
-    """Build a network without memory of its own, give it the tensors; the complaints name what is missing or of the wrong shape."""
+    """Build a network without memory of its own, give it the tensors; the complaints name what is missing or of the wrong shape.
+
+    Weights of fewer bits than dtype stay as they are, mapped, where the network widens them as it uses them.
+    """
     with torch.device("meta"):
         module = make()
     wanted = module.state_dict()
@@ -171,7 +181,8 @@ def build(make: Callable[[], nn.Module], tensors: dict[str, Tensor], dtype: torc
     complaints += [f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
                    for name in wanted.keys() & tensors.keys() if tensors[name].shape != wanted[name].shape]
     if not complaints:
-        module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+        stay = {name for name in widened_in_use(module) if tensors[name].itemsize < dtype.itemsize}
+        module.load_state_dict({name: tensor if name in stay else tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False), sorted(complaints)
 
 

@@ -239,14 +239,16 @@ class Text(nn.Module):
                weights: Sequence[Sequence[float]] | None = None) -> tuple[Tensor, Tensor | None]:
         """Token numbers of b texts -> the towers' states side by side (b t d), and the pooled text (b p) if a tower has it.
 
-        Towers that live elsewhere visit the device one by one. skip: the layer, counted from the last, in place of the family's own.
+        Towers that live elsewhere or in fewer bits visit the device, widened, one by one. skip: the layer, counted from the last, in place of the family's own.
         weights: of every text's first tokens, one for the others.
         """
         states, pooled = [], None
         for tower in self.towers:
             length, pad = tower.config.length, tower.config.vocabulary - 1 if tower.config.pad is None else tower.config.pad
             ids = torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in texts], device=device)
-            parameters = {name: value.to(device) for name, value in (*tower.named_parameters(), *tower.named_buffers())}
+            dtype = tower.transformer.final_layer_norm.weight.dtype
+            parameters = {name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+                          for name, value in (*tower.named_parameters(), *tower.named_buffers())}
             found, whole = functional_call(tower, parameters, (ids, skip))
             if weights is not None:
                 found = emphasised(found, torch.tensor([[*some, *[1.0] * (length - len(some))] for some in weights], device=device))

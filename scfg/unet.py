@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import UNetConfig
-from .winograd import Conv3x3
+from .layers import Conv3x3, Linear
 
 
 class Maps(NamedTuple):
@@ -101,7 +101,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.in_layers(x)
-        h = self.out_layers(h + expand(self.emb_layers(embedding), len(x))[:, :, None, None])
+        h = self.out_layers(h + self.emb_layers(embedding[:len(x)])[:, :, None, None])
         return self.skip_connection(x) + h
 
 
@@ -136,7 +136,7 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.proj = nn.Linear(in_channels, 2 * out_channels)
+        self.proj = Linear(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -146,7 +146,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -282,9 +282,9 @@ class UNet(nn.Module):
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
         if (vector is None) == bool(self.config.vector_dim):
             raise ValueError(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its context")
+        embedding = expand(embedding, len(context))
         if vector is not None:
-            embedding = expand(embedding, len(vector)) + self.label_emb(vector)
-            x = expand(x, len(vector))
+            embedding, x = embedding + self.label_emb(vector), expand(x, len(context))
         alone, kept, skips = asked._replace(alone=perturbed), [], []
         for i, block in enumerate(self.input_blocks):
             x, maps = block(x, embedding, alone if f"input_blocks.{i}" in layers else asked)

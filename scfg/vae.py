@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import VAEConfig
-from .winograd import Conv3x3
+from .layers import Conv3x3
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -225,9 +225,23 @@ def test_a_file_without_a_text_tower_refuses_prompts_only(tiny):
         tiny.prompt("a cat")
 
 
-def test_weights_of_the_files_own_dtype_stay_in_the_file():
-    """fp16 in, fp16 out: every parameter lies in one mapping of the file, none was copied."""
-    model = scfg.load(DATA / "tiny_sd1.safetensors", dtype=torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_of_a_float16_file_stay_in_the_file(dtype):
+    """They lie in one mapping of it, none was copied; in float32 those stay, most of all, that are widened as they are used."""
+    model = scfg.load(DATA / "tiny_sd1.safetensors", dtype=dtype)
     maps = [line.split() for line in open("/proc/self/maps") if "tiny_sd1.safetensors" in line]
     spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
-    assert spans and all(any(low <= p.data_ptr() < high for low, high in spans) for p in model.unet.parameters())
+    stay = checkpoint.widened_in_use(model.unet) if dtype == torch.float32 else dict(model.unet.named_parameters())
+    sizes = {name: p.numel() for name, p in model.unet.named_parameters()}
+    assert spans and all(any(low <= model.unet.get_parameter(name).data_ptr() < high for low, high in spans) for name in stay)
+    assert model.dtype == dtype and {p.dtype for name, p in model.unet.named_parameters() if name not in stay} <= {dtype}
+    assert sum(sizes[name] for name in stay) > 0.7 * sum(sizes.values())
+
+
+def test_weights_that_stay_in_float16_give_what_widened_ones_give(flat):
+    wide = scfg.load()
+    for network in (wide.unet, wide.vae, wide.text):
+        assert {p.dtype for p in network.parameters()} == {torch.float16, torch.float32}
+        network.float()
+    latents = [list(model.sample("a red car on grass", scfg.SCFG(3.0), steps=2))[-1].latent for model in (flat, wide)]
+    assert torch.equal(*latents) and torch.equal(flat.decode(latents[0]), wide.decode(latents[0]))

@@ -18,7 +18,7 @@ OURS = [*sorted((ROOT / "scfg").rglob("*.py")), ROOT / "sample.py", ROOT / "weig
 def test_a_denoise_step_visits_few_files_and_functions():
     from calls import calls_of_a_step
     found = calls_of_a_step()
-    assert set(found) == {"diffusion.py", "unet.py", "segment.py", "guidance.py", "noise.py", "winograd.py"}
+    assert set(found) == {"diffusion.py", "unet.py", "segment.py", "guidance.py", "noise.py", "layers.py"}
     assert found.total() <= 400
 
 

@@ -20,6 +20,7 @@ import original  # noqa: E402
 
 import scfg  # noqa: E402
 from scfg import CFG, SCFG, Prompt  # noqa: E402
+from scfg.checkpoint import widened_in_use  # noqa: E402
 from scfg.config import SD1, SDXL, Config  # noqa: E402
 from scfg.noise import time_of, to_x0  # noqa: E402
 from scfg.segment import segment  # noqa: E402
@@ -49,11 +50,14 @@ def reference_unet(family: str, device: str = "cpu", dtype: torch.dtype = torch.
     return unet.eval().requires_grad_(False)
 
 
-def ours_of(reference: nn.Module, config: Config) -> scfg.Diffusion:
-    """Our U-Net around the very tensors of diffusers'."""
+def ours_of(reference: nn.Module, config: Config, stored: torch.dtype | None = None) -> scfg.Diffusion:
+    """Our U-Net around the very tensors of diffusers'; stored: of those that may have fewer bits, as they are in such a file."""
     with torch.device("meta"):
         unet = UNet(config.unet)
-    unet.load_state_dict(original.unet(reference), strict=True, assign=True)
+    tensors = original.unet(reference)
+    if stored:
+        tensors |= {name: tensors[name].to(stored) for name in widened_in_use(unet)}
+    unet.load_state_dict(tensors, strict=True, assign=True)
     return scfg.Diffusion(config, unet.eval().requires_grad_(False), vae=None, text=None)
 
 

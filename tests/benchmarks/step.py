@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from contenders import FAMILIES, GAMMA, PAPER_RULE, RULE, Step, inputs, reference_unet, steps
+from contenders import FAMILIES, GAMMA, PAPER_RULE, RULE, Step, inputs, our_step, ours_of, reference_unet, steps
 from counting import Bytes
 from timing import alternated, ratio, synchronise
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,7 +35,7 @@ KINDS = {                                             # words in the names of op
     "convolution": ("conv",), "matrix product": ("mm", "linear"), "attention": ("scaled_dot", "attention"), "group norm": ("group_norm",),
     "layer norm": ("layer_norm",), "activation": ("silu", "gelu"), "copies": ("copy", "cat", "clone", "contiguous")}
 PAIRS = (("CFG", "diffusers CFG"), ("S-CFG", "diffusers S-CFG, explicit"), ("S-CFG", "CFG"), ("S-CFG, paper", "CFG"),
-         ("S-CFG", "diffusers CFG"), ("diffusers S-CFG, explicit", "diffusers CFG"))
+         ("S-CFG", "diffusers CFG"), ("CFG, float16 file", "CFG"), ("CFG, float16 file", "diffusers CFG"), ("diffusers S-CFG, explicit", "diffusers CFG"))
 
 
 @torch.no_grad()
@@ -45,9 +45,13 @@ def part_steps(args: argparse.Namespace) -> dict[str, Any]:
     Of S-CFG's differences the 99th percentile counts: maps of random weights are nearly flat, and single pixels change their region.
     """
     config = FAMILIES[args.family][0]
-    contenders: dict[str, Step] = steps(reference_unet(args.family, args.device, args.dtype), config, args.side, args.compile)
+    reference = reference_unet(args.family, args.device, args.dtype)
+    contenders: dict[str, Step] = steps(reference, config, args.side, args.compile)
     if args.quick:
         contenders = {name: contenders[name] for name in ("CFG", "S-CFG", "diffusers CFG")}
+    elif args.dtype == torch.float32:
+        stored = ours_of(reference, config, torch.float16)
+        contenders["CFG, float16 file"] = our_step(stored, scfg.CFG(GAMMA), *inputs(config, args.side, args.device))
     results, differences = {name: step() for name, step in contenders.items()}, {}                     # the warm-up as well
     pairs = [(a, b) for a, b in PAIRS if {a, b} <= set(contenders) and not (args.compile and "explicit" in a + b)]
     for a, b in PAIRS[:2]:
@@ -139,7 +143,7 @@ def part_memory(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for family, side in (("sd1", 64), ("sd1", 128), ("sdxl", 128)):
         if args.device == "cpu":
-            with patch("scfg.winograd.CHANNELS", 1 << 30):
+            with patch("scfg.layers.CHANNELS", 1 << 30):
                 kinds = {" without Winograd": counted_peaks(family, side)}
             kinds[""] = counted_peaks(family, side)
         else:
@@ -171,17 +175,17 @@ def kind_of(event: Any) -> str:
 def part_profile(args: argparse.Namespace) -> dict[str, Any]:
     """Our CFG step and diffusers' by kind of operation: seconds, and arithmetic as defined (without Winograd's savings) and as done."""
     contenders, found = steps(reference_unet(args.family, args.device, args.dtype), FAMILIES[args.family][0], args.side), {}
-    plain, cuda = scfg.winograd.winograd, args.device != "cpu"
+    plain, cuda = scfg.layers.winograd, args.device != "cpu"
 
     def labelled(*given: torch.Tensor) -> torch.Tensor:
         with record_function("conv by Winograd"):
             return plain(*given)
 
     for name in ("CFG", "diffusers CFG"):
-        with patch("scfg.winograd.CHANNELS", 1 << 30):
+        with patch("scfg.layers.CHANNELS", 1 << 30):
             defined = tera(contenders[name])
         done, seconds = tera(contenders[name]), {}
-        with patch("scfg.winograd.winograd", labelled), \
+        with patch("scfg.layers.winograd", labelled), \
                 profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as measured:
             contenders[name]()
             synchronise()

@@ -1,11 +1,11 @@
-"""3x3 convolution with 2.25 times fewer products: Winograd's F(2x2, 3x3) (Lavin & Gray 2015, 1509.09308, section 4.1)."""
+"""The layers with most of the weights, which may be stored in fewer bits than are computed with: a layer widens them as it uses them."""
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHANNELS, PIXELS = 256, 512                           # with fewer the transforms cost more than the products that they save
-TILES = 256                                           # at once: what is in hand stays near the cores, and small for large pictures
+CHANNELS, PIXELS = 256, 512                           # with fewer Winograd's transforms cost more than the products that they save
+TILES, KERNELS = 256, 64                              # at once: what is in hand stays near the cores, and small for large pictures
 
 # B^T, G and A^T of the paper; rows and columns in one product
 INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (
@@ -15,9 +15,15 @@ INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve x (b c h w) with weight (k c 3 3), zeros around: tiles of 4x4, two apart, give 2x2 each; what odd sides have over is cut off."""
+    """Convolve x (b c h w) with weight (k c 3 3), zeros around, with 2.25 times fewer products: F(2x2, 3x3) (Lavin & Gray 2015, 1509.09308, 4.1).
+
+    Tiles of 4x4, two apart, give 2x2 each; what odd sides have over is cut off.
+    """
     h, w = x.shape[2:]
-    kernels = (KERNEL @ rearrange(weight, "k c i j -> (i j) (k c)")).view(16, *weight.shape[:2])
+    kernels = x.new_empty(16, *weight.shape[:2])
+    for first in range(0, len(weight), KERNELS):
+        some = weight[first:first + KERNELS].to(x.dtype)
+        kernels[:, first:first + KERNELS] = (KERNEL @ rearrange(some, "k c i j -> (i j) (k c)")).view(16, *some.shape[:2])
     tiles = F.pad(x, (1, 1 + w % 2, 1, 1 + h % 2)).unfold(2, 4, 2).unfold(3, 4, 2)            # (b c y x 4 4), nothing copied yet
     out = x.new_empty(len(x), len(weight), 2 * tiles.shape[2], 2 * tiles.shape[3])
     rows = max(1, TILES // (len(x) * tiles.shape[3]))
@@ -29,6 +35,11 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.add_(bias[:, None, None])[:, :, :h, :w]
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, zeros around; on a CPU, whose libraries have no such algorithm, by Winograd's where it pays."""
     def __init__(self, in_channels: int, out_channels: int):
@@ -38,4 +49,4 @@ class Conv3x3(nn.Conv2d):
         pays = min(self.weight.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1]
         if pays and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
             return winograd(x, self.weight, self.bias)
-        return super().forward(x)
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=1)

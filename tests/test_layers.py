@@ -3,7 +3,7 @@ import torch
 from conftest import error, seeded
 from torch.nn import functional as F
 
-from scfg.winograd import CHANNELS, Conv3x3, winograd
+from scfg.layers import CHANNELS, Conv3x3, Linear, winograd
 
 
 @torch.no_grad()
@@ -19,8 +19,19 @@ def test_it_is_the_convolution(batch, height, width):
     (32, 32, torch.float64, False, False), (32, 32, torch.float32, True, False), (2, 2, torch.float32, False, False)])
 def test_where_it_does_not_pay_the_library_s_is_taken(height, width, dtype, gradients, taken, monkeypatch):
     conv, x, calls = Conv3x3(CHANNELS, CHANNELS).to(dtype), seeded(1, CHANNELS, height, width).to(dtype), []
-    monkeypatch.setattr("scfg.winograd.winograd", lambda *given: calls.append(1) or winograd(*given))
+    monkeypatch.setattr("scfg.layers.winograd", lambda *given: calls.append(1) or winograd(*given))
     with torch.set_grad_enabled(gradients):
         found = conv(x)
     assert bool(calls) == taken and found.requires_grad == gradients
     assert error(found, F.conv2d(x, conv.weight, conv.bias, padding=1)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer, shape", [
+    (Linear(8, 6), (3, 8)), (Conv3x3(5, 7), (2, 5, 9, 9)), (Conv3x3(CHANNELS, CHANNELS + 9), (1, CHANNELS, 24, 24))])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_in_fewer_bits_give_what_widened_ones_give(layer, shape, stored):
+    layer.weight = torch.nn.Parameter(layer.weight.to(stored), requires_grad=False)
+    narrow = layer(seeded(*shape))
+    layer.weight = torch.nn.Parameter(layer.weight.float())
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, layer(seeded(*shape)))
