@@ -297,11 +297,13 @@ def run(args: argparse.Namespace) -> Tensor:
 
 def main() -> None:
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):           # a prompt may hold letters that a terminal lacks
+        stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)     # not into a progress bar
     try:
         run(parse())
     except (scfg.BadInput, FloatingPointError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+        print("sample.py:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):

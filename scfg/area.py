@@ -62,7 +62,7 @@ class Area:
 
 
 def resized(area: Tensor, size: tuple[int, int]) -> Tensor:
-    return area if area.shape[-2:] == size else F.interpolate(area, size=size, mode="area" if area.shape[-2] > size[0] else "nearest")
+    return area if area.shape[-2:] == size else F.interpolate(area, size=size, mode="area" if area.shape[-2] > size[0] or area.shape[-1] > size[1] else "nearest")
 
 
 def too_small(inside: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def mask(picture: str | Path | Tensor) -> Area:
 def lightness(image: Image.Image) -> np.ndarray:
     """(h w), 0 to 1, on black where it is transparent."""
     if image.mode.startswith("I"):                    # 16 bits, which conversion would cut off at 255
-        return np.asarray(image, dtype=np.float32) / 65535
+        return np.clip(np.asarray(image, dtype=np.float32) / 65535, 0, 1)
     light, opaque = np.moveaxis(np.asarray(image.convert("RGBA").convert("LA"), dtype=np.float32) / 255, -1, 0)
     return light * opaque
 

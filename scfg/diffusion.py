@@ -220,18 +220,18 @@ class Diffusion:
             warnings.warn(f"the refiner never takes over: none of the {steps} steps lies in its share of the timesteps", stacklevel=3)
         return levels
 
-    def sample(self, prompt: Prompt | str, guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
+    def sample(self, prompt: Prompt | str | Sequence[str], guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
                spacing: Spacing | None = None, steps: int = 30, size: tuple[int, int] | None = None,
                seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float | None = None,
                refiner: Refiner | None = None, watch: range = range(0), maps: bool = False) -> Iterator[Step]:
         """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
 
-        prompt: encoded, or a text as it is. size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
+        prompt: encoded, or texts as they are. size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
         noise depends on its seed alone. latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for
         samplers that have it (default: the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
         A prompt of one picture serves any number of seeds.
         """
-        prompt = self.prompt(prompt) if isinstance(prompt, str) else prompt
+        prompt = prompt if isinstance(prompt, Prompt) else self.prompt(prompt)
         self.check(sampler, steps, eta, refiner)
         if self.config.aesthetic and latent is None:
             warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "
@@ -258,7 +258,7 @@ class Diffusion:
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
                 x, denoised = next(run)
             if not x.isfinite().all():
-                raise FloatingPointError(f"step {i + 1} of {steps} is not finite in {self.dtype}: try --dtype float32 or another checkpoint")
+                raise FloatingPointError(f"step {i + 1} of {steps} is not finite in {self.dtype}: try --dtype float32, lower prompt weights, another file")
             yield Step(i, steps, sigmas[i], x / math.sqrt(sigmas[i + 1] ** 2 + 1), denoised)
 
     def check(self, sampler: str, steps: int, eta: float | None, refiner: Refiner | None) -> None:
@@ -300,8 +300,7 @@ class Diffusion:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [0, 1] -> the mean latent (b c h w)."""
-        mean, _ = self.vae.encode((image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype))
-        return mean.float() * self.config.latent_scale
+        return self.vae.encode((image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype))[0].float() * self.config.latent_scale
 
 
 def embedded_checkpoint() -> Path:

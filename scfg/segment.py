@@ -66,7 +66,7 @@ class Segmentation:
 
         silent (b): pictures whose unconditional context is all zeros. Its maps are uniform, and which is the greater is decided by
         rounding, so that their foreground is taken from the conditional half. chunk: tokens from one start token of a long prompt to
-        the next (default: it has one). A token that nothing attends to owns nothing.
+        the next (default: it has one); these have one state and so one region, the first one's. A token that nothing attends to owns nothing.
         """
         size = max((layer.shape[-2:] for layer in completed), key=math.prod)
         chunk = chunk or completed[0].shape[1]
@@ -84,6 +84,7 @@ class Segmentation:
                 first, others = chunks[:, :, :1].sum((1, 2))[:, None], chunks[:, :, 1:].sum((1, 2))[:, None]
                 start = start + first / first.mean((-2, -1), keepdim=True).clamp_min(LEAST)
                 rest = rest + others / others.mean((-2, -1), keepdim=True).clamp_min(LEAST)
+        scores = scores.index_fill(1, torch.arange(chunk, scores.shape[1], chunk, device=scores.device), 0)
         best = scores.argmax(1, keepdim=True)
         equal_best = scores == scores.amax(1, keepdim=True)
         tokens = equal_best.to(scores.dtype) if self.ties else torch.zeros_like(scores).scatter(1, best, 1.0)

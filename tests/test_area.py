@@ -131,3 +131,10 @@ def test_time_goes_from_noise_to_picture():
     region = scfg.Region(scfg.foreground(), times=2.0, start=0.25, end=0.5)
     assert [region.acts(float(SIGMAS[t])) for t in (999, 700, 600, 400)] == [False, True, True, False]
     assert str(region) == "the foreground: times 2, from 0.25, to 0.5"
+
+
+def test_a_mask_is_averaged_along_either_side():
+    stripes = torch.zeros(16, 1600)
+    stripes[:, ::100] = 1
+    for values in (stripes, stripes.mT):
+        assert torch.allclose(scfg.mask(values)(None, (16, 16)), torch.full((1, 1, 16, 16), 0.01))

@@ -95,6 +95,16 @@ def test_long_prompts(flat):
     assert denoised.x0.isfinite().all() and denoised.regions.scores.shape[1] == 32
 
 
+@pytest.mark.parametrize("rule", [scfg.SCFG(3.0), scfg.SCFG.paper(3.0)])
+def test_the_start_tokens_of_all_chunks_are_one(flat, rule):
+    """They have one state, so that which of them outdoes the others would be decided by rounding."""
+    text, x = "red car on grass BREAK blue star in snow BREAK pink moon", 14.6 * seeded(1, 4, 16, 16)
+    alone, twice = (flat.denoiser(flat.prompt([text] * b), rule)(x.repeat(b, 1, 1, 1), 14.6, None) for b in (1, 2))
+    owners = alone.regions.tokens[0].flatten(1).sum(1)
+    assert owners[0] > 0 and owners[16] == owners[32] == 0 and (alone.regions.tokens.sum(1) == 1).all()
+    assert error(twice.scale[:1], alone.scale) < 1e-4 and error(twice.x0[:1], alone.x0) < 1e-4
+
+
 def test_everything_together_in_one_line(flat):
     guidance = scfg.Guidance(perturb=scfg.PAG(), direction=scfg.APG(), scale=scfg.SCFG(3.0), rescale=scfg.Rescale(), when=scfg.Interval(0.3, 9.0))
     steps = [list(flat.sample(flat.prompt(SAID), guidance, steps=8, watch=range(8))) for _ in range(2)]
