@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scfg
-from scfg.area import described, places
+from scfg.area import described, elapsed, places
+from scfg.diffusion import MULTISTEP
 from scfg.flatland import WORDS
 from scfg.guidance import NAMED
 from scfg.memory import keep_freed_memory
+from scfg.noise import spaced_sigmas
 from scfg.report import report, to_image
 
 SAMPLER_NAMES = {                                                 # as Stable Diffusion tools call them
@@ -216,6 +218,19 @@ def in_short(args: argparse.Namespace) -> str:
     return ", ".join([f"{args.guidance} at scale {args.scale:g}", *beside, *(repr(asked.said) for asked in args.region)])
 
 
+def idle(args: argparse.Namespace) -> list[str]:
+    """What was asked for and never acts, since no step of the run lies in its time."""
+    levels = spaced_sigmas(args.spacing, args.steps, drop_lowest=args.sampler in MULTISTEP)[:-1]
+    guided = [sigma for sigma in levels if guidance_of(args).strength(sigma)]
+    never = [] if guided else ["guidance"]
+    for asked in args.region:
+        told = levels[1:] if asked.area.needs_regions else levels             # the first step is what finds a word
+        for what, its_levels in ((asked.guided, guided), (asked.told, told)):
+            if what and not any(what.start <= elapsed(sigma) <= what.end for sigma in its_levels):
+                never.append(repr(asked.said))
+    return [f"{what} never acts: none of the {args.steps} steps lies in its time" for what in dict.fromkeys(never)]
+
+
 class Made(NamedTuple):
     latent: Tensor                                    # (b c h w)
     scores: Tensor                                    # (b t h w) of every token, mean of the middle third of the steps
@@ -239,6 +254,8 @@ def prepare(args: argparse.Namespace) -> tuple[scfg.Diffusion, scfg.Prompt, scfg
     args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
     refiner = scfg.Refiner(*load(args.refiner), args.refiner_from) if args.refiner else None
     model.check(args.sampler, args.steps, args.eta, refiner)
+    for line in idle(args):
+        warnings.warn(line, stacklevel=2)
     check_writable(args.out)
     print(f"{model.config.name}: {args.size[0]}x{args.size[1]}, {in_short(args)}, {args.steps} steps of "
           f"{SAMPLER_NAMES[args.sampler]} over {args.spacing} noise levels, {args.count} from seed {args.seed}"

@@ -22,9 +22,7 @@ from .text import Part, Prompt, Text, read_tokenizer
 from .unet import Maps, UNet, all_of_it, timestep_embedding
 from .vae import VAE
 
-SAMPLERS: dict[str, Callable] = {
-    "ddim": ddim, "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun,
-    "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde, "unipc": unipc}
+SAMPLERS: dict[str, Callable] = {run.__name__: run for run in (ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)}
 WHOLE = 128 * 128                                     # latent pixels that are decoded at once
 MULTISTEP = {"dpmpp_2m", "dpmpp_2m_sde", "unipc"}     # of linspace noise levels they leave the lowest out
 
@@ -226,10 +224,10 @@ class Diffusion:
                refiner: Refiner | None = None, watch: range = range(0), maps: bool = False) -> Iterator[Step]:
         """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
 
-        prompt: encoded, or texts as they are. size: (width, height) in pixels. seeds: one for each picture, or that of the first (the others count on); picture i's
-        noise depends on its seed alone. latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for
-        samplers that have it (default: the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
-        A prompt of one picture serves any number of seeds.
+        prompt: encoded, or texts as they are; of one picture it serves any number of seeds. size: (width, height) in pixels.
+        seeds: one for each picture, or that of the first (the others count on); picture i's noise depends on its seed alone.
+        latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for samplers that have it (default:
+        the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
         """
         prompt = prompt if isinstance(prompt, Prompt) else self.prompt(prompt)
         self.check(sampler, steps, eta, refiner)
@@ -251,8 +249,8 @@ class Diffusion:
         watched = {sigmas[i] for i in watch if i < steps}.__contains__
         denoise = self.denoiser(self.placed(prompt, len(seeds)), guidance, watched, maps)
         if refiner:
-            told = refiner.model.placed(refiner.prompt, len(seeds))
-            denoise = handed_over(denoise, refiner.model.denoiser(told, guidance, watched, maps), refiner.start)
+            finish = refiner.model.denoiser(refiner.model.placed(refiner.prompt, len(seeds)), guidance, watched, maps)
+            denoise = handed_over(denoise, finish, refiner.start)
         run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({} if eta is None else {"eta": eta}))
         for i in range(steps):
             with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
@@ -305,9 +303,8 @@ class Diffusion:
 
 def embedded_checkpoint() -> Path:
     """Beside the code when installed, beside the package in a source tree."""
-    package = Path(__file__).parent
-    inside = package / "weights" / "flatland.safetensors"
-    return inside if inside.exists() else package.parent / "weights" / "flatland.safetensors"
+    inside, beside = (folder / "weights" / "flatland.safetensors" for folder in Path(__file__).parents[:2])
+    return inside if inside.exists() else beside
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 CHANNELS, PIXELS = 256, 512                           # with fewer Winograd's transforms cost more than the products that they save
 TILES, KERNELS = 256, 64                              # at once: what is in hand stays near the cores, and small for large pictures
+PIECE = 2 ** 22                                       # numbers of a kernel at once: memory for more is fresh every time, which takes longer
 
 # B^T, G and A^T of the paper; rows and columns in one product
 INPUT, KERNEL, OUTPUT = (torch.kron(matrix, matrix) for matrix in (
@@ -46,7 +47,11 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pays = min(self.weight.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1]
-        if pays and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return winograd(x, self.weight, self.bias)
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias, padding=1)
+        w, on_cpu = self.weight, x.device.type == "cpu"
+        if on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and min(w.shape[:2]) >= CHANNELS and x.numel() >= PIXELS * x.shape[1]:
+            return winograd(x, w, self.bias)
+        channels = PIECE // w[0].numel() if on_cpu else len(w)                # of the output, at once
+        if len(w) <= channels:
+            return F.conv2d(x, w.to(x.dtype), self.bias, padding=1)
+        pieces = zip(w.split(channels), self.bias.split(channels))
+        return torch.cat([F.conv2d(x, some.to(x.dtype), bias, padding=1) for some, bias in pieces], 1)

@@ -224,7 +224,6 @@ class UNet(nn.Module):
         self.config = config
         base, embedding = config.model_channels, 4 * config.model_channels
         widths = [base * m for m in config.channel_mult]
-        depths = config.transformer_depth
 
         def stage(in_channels: int, width: int, depth: int) -> Block:
             block = Block([ResBlock(in_channels, width, embedding)])
@@ -237,7 +236,7 @@ class UNet(nn.Module):
 
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, base, 3, padding=1)])])
         channels, skips = base, [base]
-        for level, (width, depth) in enumerate(zip(widths, depths)):
+        for level, (width, depth) in enumerate(zip(widths, config.transformer_depth)):
             for _ in range(config.res_blocks):
                 self.input_blocks.append(stage(channels, width, depth))
                 channels = width
@@ -249,7 +248,7 @@ class UNet(nn.Module):
         self.middle_block = stage(channels, channels, config.middle_depth).append(ResBlock(channels, channels, embedding))
 
         self.output_blocks = nn.ModuleList()
-        for level, (width, depth) in reversed(list(enumerate(zip(widths, depths)))):
+        for level, (width, depth) in reversed(list(enumerate(zip(widths, config.transformer_depth)))):
             for i in range(config.res_blocks + 1):
                 self.output_blocks.append(stage(channels + skips.pop(), width, depth))
                 channels = width
@@ -294,7 +293,6 @@ class UNet(nn.Module):
         kept += maps
         for i, block in enumerate(self.output_blocks):
             x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
-            size = skips[-1].shape[-2:] if skips else None
-            x, maps = block(x, embedding, alone if f"output_blocks.{i}" in layers else asked, size)
+            x, maps = block(x, embedding, alone if f"output_blocks.{i}" in layers else asked, skips[-1].shape[-2:] if skips else None)
             kept += maps
         return self.out(x), kept

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,18 @@ def test_everything_together_in_one_command(tmp_path):
     assert np.array_equal(*map(np.asarray, pictures))
     facts = pictures[0].text["parameters"]
     assert "Direction: apg, PAG scale: 2.0, CFG Rescale phi: 0.7, Interval: 0.3 to 9" in facts and "'car:scale=9'" in facts
+
+
+@pytest.mark.parametrize("words, never", [
+    (["--region", "car:scale=9,start=0.99"], ["'car:scale=9,start=0.99'"]),
+    (["--region", "car:end=0.01,prompt=a pink star"], ["'car:end=0.01,prompt=a pink star'"]),
+    (["--interval", "20", "30", "--region", "car:scale=9"], ["guidance", "'car:scale=9'"]),
+    (["--interval", "0.3", "9", "--region", "car:scale=9"], [])])
+def test_what_never_acts_is_said(tmp_path, words, never):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sample.prepare(sample.parse([*words, "--steps", "5", "--out", str(tmp_path)]))
+    assert [str(warning.message) for warning in said] == [f"{what} never acts: none of the 5 steps lies in its time" for what in never]
 
 
 def test_earlier_pictures_stay(tmp_path):
