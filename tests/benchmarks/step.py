@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on the cpu, else float16)")
     parser.add_argument("--compile", action="store_true", help="ours and diffusers' networks, for the part `steps`")
+    parser.add_argument("--keep", action="store_true", help="freed memory is kept, as sample.py does, for all contenders")
     parser.add_argument("--quick", action="store_true", help="our CFG and S-CFG steps and diffusers' CFG step only, for the part `steps`")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 7 GB (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/step.json"))
@@ -238,10 +239,12 @@ def main() -> None:
     args.side = args.side or {"sd1": 64, "sdxl": 128}[args.family]
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "float16"))
     found = {"machine": torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()}, {torch.get_num_threads()} threads",
-             "torch": torch.__version__, "family": args.family, "side": args.side, "dtype": str(args.dtype), "compiled": args.compile}
+             "torch": torch.__version__, "family": args.family, "side": args.side, "dtype": str(args.dtype), "compiled": args.compile,
+             "freed memory kept": args.keep}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts or PARTS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        initializer = scfg.keep_freed_memory if args.keep else None
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer) as process:
             found[part] = process.submit(PARTS[part], args).result()
         tqdm.write(f"{part}: {json.dumps(found[part], indent=1)}")
         args.output.write_text(json.dumps(found, indent=1))
