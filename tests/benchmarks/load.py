@@ -91,6 +91,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
             prices = {who: [run["price"] for run in several] for who, several in runs.items()}
             found[stored] = {"ratios": {f"{who} / diffusers": ratio(prices[who], prices["diffusers"]) for who in list(runs)[:2]},
                              "seconds": {who: {k: median(run[k] for run in several) for k in several[0]} for who, several in runs.items()}}
+            file.unlink()
     return found
 
 

@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours and diffusers' networks, for the part `steps`")
     parser.add_argument("--keep", action="store_true", help="freed memory is kept, as sample.py does, for all contenders")
     parser.add_argument("--quick", action="store_true", help="our CFG and S-CFG steps and diffusers' CFG step only, for the part `steps`")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 7 GB (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="for files of up to 5 GB (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/step.json"))
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
