@@ -1,13 +1,23 @@
-"""scfg: Stable Diffusion sampling in which attention maps are values, so that regions can be seen and guided one by one."""
-from .area import Area, Region, foreground, mask, words
-from .config import BadInput
-from .diffusion import Denoised, Diffusion, Refiner, Step, load
-from .guidance import APG, CFG, PAG, SCFG, ByRegion, Energy, Guidance, Interval, Product, Ramp, Rescale, ZeroStar
-from .memory import keep_freed_memory
-from .segment import OFFICIAL, PAPER, Regions, Segmentation, Word, segment
-from .text import Part, Prompt
-from .unet import Maps
+"""scfg: Stable Diffusion sampling in which attention maps are values: regions can be seen and guided one by one."""
 
-__all__ = ["APG", "Area", "BadInput", "ByRegion", "CFG", "Denoised", "Diffusion", "Energy", "Guidance", "Interval", "Maps", "OFFICIAL", "PAG",
-           "PAPER", "Part", "Product", "Prompt", "Ramp", "Refiner", "Region", "Regions", "Rescale", "SCFG", "Segmentation", "Step", "Word",
-           "ZeroStar", "foreground", "keep_freed_memory", "load", "mask", "segment", "words"]
+from .denoise import Denoised, Denoiser
+from .diffusion import Diffusion, Step, load, run
+from .errors import BadInput
+from .guidance import CFG, SCFG, Guidance, Outputs, Row
+from .samplers import SAMPLERS
+from .schedule import Moment, Schedule
+from .segment import OFFICIAL, PAPER, Recipe, Regions, Tokens, Word, segment_maps
+from .text import Prompt
+from .unet import Capture, Conditioning, Maps, Site, attention
+
+__all__ = ["BadInput", "CFG", "Capture", "Conditioning", "Denoised", "Denoiser", "Diffusion", "Guidance"]
+__all__ += ["Maps", "Moment", "OFFICIAL", "Outputs", "PAPER", "Prompt", "Recipe", "Regions", "Row", "SAMPLERS", "SCFG"]
+__all__ += ["Schedule", "Site", "Step", "Tokens", "Word", "attention", "load", "run", "segment_maps"]
+
+# wings
+from . import edit as edit, prompting as prompting  # noqa: E402
+from .methods import *  # noqa: E402, F403
+from .regional import *  # noqa: E402, F403
+
+__all__ += methods.__all__  # noqa: F405
+__all__ += regional.__all__  # noqa: F405

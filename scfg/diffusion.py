@@ -1,112 +1,77 @@
-"""A loaded model: prompt, denoise, sample, encode, decode."""
-import inspect
+"""A loaded model: prompt, denoise, sample, encode, decode; and the loop over a sampler's steps."""
+
 import math
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .area import elapsed, too_small
 from .checkpoint import load_parts
-from .config import SD2_BASE, SD2_V, BadInput, Config
-from .guidance import NOTHING, SCFG, Guidance, Note, ScaleRule, noted
-from .noise import SIGMAS, Prediction, Spacing, gain, spaced_sigmas, time_of, to_x0
-from .samplers import Denoise, ddim, dpmpp_2m, dpmpp_2m_sde, euler, euler_ancestral, heun, unipc
-from .segment import OFFICIAL, Regions
-from .text import Part, Prompt, Text, read_tokenizer
-from .unet import Maps, UNet, all_of_it, timestep_embedding
+from .config import SD2_BASE, SD2_V, Config
+from .denoise import Denoised, Denoiser
+from .errors import BadInput
+from .guidance import Guidance, Rule, named_rule
+from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler
+from .schedule import Prediction, Spacing
+from .segment import OFFICIAL, Recipe
+from .text import Prompt, Text, Texts, paired_texts, prompt_of
+from .unet import Capture, Conditioning, UNet
 from .vae import VAE
 
-SAMPLERS: dict[str, Callable] = {run.__name__: run for run in (ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)}
-WHOLE = 128 * 128                                     # latent pixels that are decoded at once
-MULTISTEP = {"dpmpp_2m", "dpmpp_2m_sde", "unipc"}     # of linspace noise levels they leave the lowest out
-
-
-class Denoised(NamedTuple):
-    """Everything that one evaluation computed, for b pictures with latents of h x w."""
-    x0: Tensor                                        # (b c h w) the clean latent expected
-    out: dict[str, Tensor]                            # the network's outputs by row, each (b c h w)
-    scale: Tensor                                     # (b 1 h w) the guidance scale at every pixel
-    regions: Regions | None                           # of the conditional rows, where maps were captured
-    maps: list[Maps]                                  # every captured block's, on request
-    state: Any                                        # guidance's own, for the next step
-    notes: tuple[Note, ...]
+File = str | Path
+WHOLE = 128 * 128  # latent pixels that are decoded at once
 
 
 class Step(NamedTuple):
-    index: int                                        # 0 .. count - 1
+    index: int  # 0 .. count - 1
     count: int
-    sigma: float                                      # the noise level it started from
-    latent: Tensor                                    # (b c h w) after the step, variance preserving: x / sqrt(sigma^2 + 1)
-    denoised: Denoised
+    sigma: float  # the noise level it started from
+    next_sigma: float
+    x: Tensor  # (b c h w) after the step: x0 + next_sigma * noise; what is sent back takes its place
+    latent: Tensor  # (b c h w) the same, variance preserving: what decode takes
+    denoised: Denoised  # what was computed at its start
 
 
-def handover(start: float) -> int:
-    """The timestep below which a refiner acts that leaves the share `start` of the training's to another."""
-    return round(1000 * (1 - start))
+def run(
+    denoise: Denoise, sampler: str | Sampler, x: Tensor, sigmas: Sequence[float], noise: Noise
+) -> Generator[Step, Tensor | None, None]:
+    """The loop: one Step at a time from x = x0 + sigmas[0] * noise down to sigmas[-1].
+
+    A caller who sends a tensor back, `steps.send(x)`, has it take the place of step.x. Raises FloatingPointError that
+    names a step whose x is not finite, after the next one at the latest, so that no step waits for the device.
+    """
+    sigmas = [float(sigma) for sigma in sigmas]
+    if len(sigmas) < 2 or any(not a > b for a, b in pairwise(sigmas)) or not 0 <= sigmas[-1] < sigmas[0] < math.inf:
+        raise BadInput("sigmas fall from step to step and end at 0 or above; give at least two")
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
+    return loop(denoise, SAMPLERS[sampler] if isinstance(sampler, str) else sampler, x, sigmas, noise)
 
 
-def handed_over(early: Denoise, late: Denoise, start: float) -> Denoise:
-    """The early one for a share `start` of the training's timesteps, counted from the noise, then the late one."""
-    return lambda x, sigma, previous: (early if time_of(sigma) >= handover(start) else late)(x, sigma, previous)
-
-
-class Told(NamedTuple):
-    """What the attention of all rows is told, row by row for the whole batch."""
-    context: Tensor                                   # (r*b k*t d) of k texts
-    shares: Tensor | None                             # (r*b k h w) how much each counts at a pixel; None where it is one text
-    counted: Tensor | None                            # (r*b k*t) the tokens that are not filling; None: all
-
-
-def areas_of(told: Prompt, sigma: float, regions: Regions | None, size: tuple[int, int]) -> tuple[dict[int, Tensor], tuple[Note, ...]]:
-    """The areas (b 1 h w) of the parts that have a say: not of one outside its time, nearly nowhere, or of a word not segmented yet."""
-    like, areas, notes = told.context["cond"], {}, ()
-    for i, part in enumerate(told.parts):
-        if part.start <= elapsed(sigma) <= part.end and (regions or not part.area.needs_regions):
-            area = part.area(regions, size).to(like.device, torch.float32)
-            if len(area) not in (1, len(like)):
-                raise BadInput(f"{part.area.said} is of {len(area)} pictures, not of {len(like)}")
-            small = too_small(area)
-            notes += noted(f"{part.area.said} is nowhere, or nearly", small.flatten(), NOTHING)
-            if not small.all():
-                areas[i] = torch.where(small, 0, area).expand(len(like), 1, *size)
-    return areas, notes
-
-
-def joined(told: Prompt, halves: Sequence[str], areas: dict[int, Tensor], size: tuple[int, int]) -> Told:
-    """The texts of all rows side by side, as far as they have a say. The unconditional row has one text everywhere."""
-    names, pictures, device = [f"part {i}" for i in areas], len(told.context["cond"]), told.context["cond"].device
-    texts = {"cond": ["cond", *names], "uncond": ["uncond"] * (1 + len(names))}
-    most = max(told.context[text].shape[1] for half in halves for text in texts[half])
-    lengths = {text: told.lengths.get(text, (told.context[text].shape[1],) * pictures) for half in halves for text in texts[half]}
-
-    def rows(of: Callable[[str], Tensor]) -> Tensor:
-        return torch.cat([torch.cat([of(text) for text in texts[half]], 1) for half in halves])
-
-    def counted(text: str) -> Tensor:
-        return torch.arange(most, device=device) < torch.tensor(lengths[text], device=device)[:, None]
-
-    context = rows(lambda text: F.pad(told.context[text], (0, 0, 0, most - told.context[text].shape[1])))
-    filled = any(length < most for own in lengths.values() for length in own)
-    shares = None
-    if areas:
-        everywhere = torch.ones(pictures, 1, *size, device=device)
-        base = (everywhere - sum(area * (1 - told.parts[i].base) for i, area in areas.items())).clamp_min(0)
-        of_half = {"cond": torch.cat([base, *areas.values()], 1), "uncond": torch.cat([everywhere, *[0 * base] * len(areas)], 1)}
-        shares = torch.cat([of_half[half] for half in halves])
-    return Told(context, shares, rows(counted) if filled else None)
-
-
-class Refiner(NamedTuple):
-    """A second model that takes a run over, with its own encoding of the text; the sampler goes on with what it remembers."""
-    model: "Diffusion"
-    prompt: Prompt
-    start: float = 0.8                                # the share of the training's timesteps that is not its own
+def loop(
+    denoise: Denoise, sampler: Sampler, x: Tensor, sigmas: list[float], noise: Noise
+) -> Generator[Step, Tensor | None, None]:
+    steps, count, sent, finite = sampler(denoise, x, sigmas, noise), len(sigmas) - 1, None, []
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        with torch.no_grad():  # never across a yield: it would leak into the caller's loop
+            x, denoised = steps.send(sent)
+            finite.append(x.isfinite().all())
+        for k in range(max(i - 1, 0), i + (i == count - 1)):  # the step before, and the last one itself
+            if not finite[k]:
+                raise FloatingPointError(
+                    f"step {k + 1} of {count} is not finite: try --dtype float32, lower prompt weights, another file"
+                )
+        sent = yield Step(i, count, sigma, target, x, x / math.sqrt(target**2 + 1), denoised)
+        if sent is not None and sent.shape != x.shape:
+            raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {tuple(sent.shape)}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +79,7 @@ class Diffusion:
     config: Config
     unet: UNet
     vae: VAE
-    text: Text | None                                 # where it is not on the device, its towers visit it one by one
+    text: Text | None  # where it is not on the device, its towers visit it one by one
 
     @property
     def device(self) -> torch.device:
@@ -125,180 +90,152 @@ class Diffusion:
         return self.unet.out[2].weight.dtype
 
     @torch.no_grad()
-    def prompt(self, text: str | Sequence[str], negative: str | Sequence[str] | None = None, clip_skip: int | None = None,
-               parts: Sequence[Part] = ()) -> Prompt:
-        """Encode one text a picture, with one negative for all or one each (default: the empty text; for SDXL zeros).
+    def prompt(self, text: Texts, negative: Texts | None = None, layer_from_end: int | None = None) -> Prompt:
+        """Encode one text a picture, as it is, with one negative for all or one each.
 
-        clip_skip: the text towers' layer, counted from the last, in place of the family's own. parts: areas with a text of their own.
+        negative: by default the empty text, for SDXL zeros. layer_from_end: of the text towers, in place of the
+        family's. Weights, BREAK and longer texts are read by scfg.prompting.encode.
         """
+        texts, negatives = paired_texts(text, negative, self.config)
+        towers = self.towers()
+        cond = towers.encode_texts(texts, self.device, layer_from_end)
+        uncond = cond.zeros if negatives is None else towers.encode_texts(negatives, self.device, layer_from_end)
+        return prompt_of(cond, uncond, towers.length)
+
+    def towers(self) -> Text:
+        """The text towers; raises BadInput where the checkpoint has none."""
         if self.text is None:
-            raise BadInput(f"this {self.config.name} checkpoint has no text tower: use one that has, or Prompt(context=...) in Python")
-        texts = [text] if isinstance(text, str) else list(text)
-        if negative is None and not self.config.zero_negative:
-            negative = ""
-        negatives = [negative] * len(texts) if isinstance(negative, str) else negative
-        if negatives is not None and len(negatives) != len(texts):
-            raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
-        return self.text.prompt(texts, negatives, self.device, clip_skip, parts)
+            what = f"this {self.config.name} checkpoint has no text tower"
+            raise BadInput(f"{what}: use one that has, or Prompt(context=...) in Python")
+        return self.text
 
-    def placed(self, prompt: Prompt, count: int) -> Prompt:
-        """The prompt for `count` pictures, which it must be of unless it is of one, where and as the network wants it."""
-        def place(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-            for state in rows.values():
-                if len(state) not in (1, count):
-                    raise BadInput(f"{len(state)} prompts for {count} pictures: give one prompt, or one for each")
-            return {row: state.to(self.device, self.dtype).expand(count, *state.shape[1:]) for row, state in rows.items()}
-        words = prompt.words * count if len(prompt.words) == 1 else prompt.words
-        lengths = {row: own * count if len(own) == 1 else own for row, own in prompt.lengths.items()}
-        return replace(prompt, context=place(prompt.context), pooled=place(prompt.pooled), words=words, lengths=lengths)
+    def denoiser(
+        self,
+        prompt: Prompt | Texts,
+        guidance: Guidance | Rule | None = None,
+        segment: Recipe | None = None,
+        capture: Capture | None = None,
+    ) -> Denoiser:
+        """The method itself, (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
-    def vector(self, prompt: Prompt, rows: Sequence[str], height: int, width: int) -> Tensor | None:
-        """What XL is told of the whole picture, (r*b v) for r rows; None for the others (Podell et al. 2023, 2307.01952, section 2.2).
-
-        After the pooled text come sinusoids of the original height and width, the crop's top and left, and the target's height and
-        width, in pixels; for the refiner an aesthetic score in place of the last two.
+        prompt: encoded, or texts as they are; of one picture it serves any number. guidance: by default S-CFG at the
+        family's scale. segment: find regions by this recipe at every step, also where guidance reads none. capture:
+        maps that are wanted in Denoised.maps.
         """
-        if not self.config.unet.vector_dim:
-            return None
-        if not prompt.pooled:
-            raise BadInput(f"{self.config.name} is told the pooled text too: give Prompt(context=..., pooled=...)")
-        told = []
-        for row in rows:
-            aim = (height, width) if self.config.aesthetic is None else (self.config.aesthetic[row != "uncond"],)
-            sinusoids = timestep_embedding(torch.tensor((height, width, 0, 0, *aim), device=self.device), 256).flatten()
-            told.append(torch.cat([prompt.pooled[row], sinusoids.to(self.dtype).expand(len(prompt.pooled[row]), -1)], dim=1))
-        return torch.cat(told)
-
-    def denoiser(self, prompt: Prompt, guidance: Guidance | ScaleRule, watched: Callable[[float], bool] = lambda sigma: False,
-                 maps: bool = False) -> Denoise:
-        """The method itself, as a function (x, sigma, previous Denoised or None) -> Denoised; differentiable.
-
-        A prompt of one picture serves any number. At sigmas where `watched` holds, regions are found even if the guidance does
-        without; `maps` also returns all maps.
-        """
+        prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
+        if guidance is None:
+            guidance = named_rule("scfg", self.config.scale, self.config)
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
-        factor, layers = self.config.vae.factor, guidance.perturb.layers if guidance.perturb else ()
-        always = any(part.area.needs_regions for part in prompt.parts)
+        names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
+        for layer in layers:
+            if not any(f"{name}.".startswith(f"{layer}.") for name in names):
+                blocks = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.transformer_blocks.*", "", name) for name in names))
+                raise BadInput(f"no transformer block is in {layer!r}: there are some in {blocks}")
+        if not (segment or guidance.recipe) and prompt.needs_regions:
+            segment = OFFICIAL
+        placed = prompt.place(self.config, self.device, self.dtype)
+        config = self.config
+        return Denoiser(self.unet, config.schedule, placed, guidance, self.dtype, segment, config.map_divisor, capture)
 
-        def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Denoised:
-            rows, told, known = guidance.rows(sigma), self.placed(prompt, len(x)), previous and previous.regions
-            halves = ["uncond" if row == "uncond" else "cond" for row in rows]
-            silent = (told.context[halves[0]] == 0).flatten(1).all(1) if "uncond" in rows else x.new_ones(len(x), dtype=torch.bool)
-            recipe = guidance.segmentation(sigma) or (OFFICIAL if always or watched(sigma) else None)
-            pixels = math.prod(math.ceil(side / self.config.map_divisor) for side in x.shape[-2:])
-            areas, notes = areas_of(told, sigma, known, x.shape[-2:])
-            context, shares, counted = joined(told, halves, areas, x.shape[-2:])
-            out, kept = self.unet(
-                (x / math.sqrt(sigma ** 2 + 1)).to(self.dtype), x.new_full((len(x),), time_of(sigma)), context,
-                self.vector(told, halves, factor * x.shape[2], factor * x.shape[3]), shares=shares, counted=counted,
-                map_pixels=pixels if recipe or maps else 0, keep=all_of_it if maps else recipe and recipe.complete,
-                perturbed=rows.count("perturbed") * len(x), layers=layers)
-            by_row = dict(zip(rows, out.float().chunk(len(rows))))
-            completed = [recipe.complete(block) for block in kept] if recipe and maps else kept
-            completed = completed if "uncond" in rows else [torch.cat([block, block]) for block in completed]
-            regions = recipe.assign(completed, silent, told.chunk)._replace(words=told.words) if recipe else None
-            expected = to_x0(x, sigma, by_row["cond"], self.config.prediction)
-            guided = guidance.combine(by_row, regions, sigma, previous and previous.state, expected, gain(sigma, self.config.prediction))
-            x0 = to_x0(x, sigma, guided.out, self.config.prediction)
-            if recipe and recipe.foreground == "uncond" and "uncond" in rows:
-                notes += noted("the unconditional context is all zeros", silent, "the foreground is the conditional half's")
-            return Denoised(x0, by_row, guided.scale, regions, kept if maps else [], guided.state, guided.notes + notes)
-        return denoise
-
-    def spacing(self, sampler: str) -> Spacing:
+    def spacing(self, sampler: str | Sampler) -> Spacing:
         """The noise levels native to the family, or else usual for the sampler."""
         return self.config.spacing or ("leading" if sampler == "ddim" else "linspace")
 
-    def sigmas(self, sampler: str, spacing: Spacing | None, steps: int, refiner: Refiner | None = None) -> list[float]:
-        """The noise levels of a run, with a warning where they start far from noise or leave a refiner nothing to do."""
-        levels = spaced_sigmas(spacing or self.spacing(sampler), steps, drop_lowest=sampler in MULTISTEP)
-        if levels[0] < SIGMAS[-1] / 5:
-            warnings.warn(f"{steps} such steps start at sigma {levels[0]:.2g}, far from pure noise: take more, or trailing", stacklevel=3)
-        if refiner and time_of(levels[-2]) >= handover(refiner.start):
-            warnings.warn(f"the refiner never takes over: none of the {steps} steps lies in its share of the timesteps", stacklevel=3)
+    def sigmas(self, steps: int, sampler: str | Sampler = "dpmpp_2m", spacing: Spacing | None = None) -> list[float]:
+        """The steps + 1 noise levels of a run, in the habit of its sampler; spacing: in place of the native one."""
+        multistep, ddim = sampler in MULTISTEP, sampler == "ddim"
+        levels = self.config.schedule.spaced(
+            spacing or self.spacing(sampler), steps, rounded=multistep or ddim, drop_lowest=multistep, to_zero=not ddim
+        )
+        if levels[0] < self.config.schedule.sigmas[-1] / 5:
+            what = f"{steps} such steps start at sigma {levels[0]:.2g}, far from pure noise"
+            warnings.warn(f"{what}: take more, or trailing", stacklevel=2)
         return levels
 
-    def sample(self, prompt: Prompt | str | Sequence[str], guidance: Guidance | ScaleRule = SCFG(), sampler: str = "dpmpp_2m",
-               spacing: Spacing | None = None, steps: int = 30, size: tuple[int, int] | None = None,
-               seeds: int | Sequence[int] = 0, latent: Tensor | None = None, eta: float | None = None,
-               refiner: Refiner | None = None, watch: range = range(0), maps: bool = False) -> Iterator[Step]:
-        """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
-
-        prompt: encoded, or texts as they are; of one picture it serves any number of seeds. size: (width, height) in pixels.
-        seeds: one for each picture, or that of the first (the others count on); picture i's noise depends on its seed alone.
-        latent: starting noise (b c h w) of unit variance instead. eta: share of fresh noise, for samplers that have it (default:
-        the sampler's own). watch: steps whose regions are wanted even if the guidance does without.
-        """
-        prompt = prompt if isinstance(prompt, Prompt) else self.prompt(prompt)
-        self.check(sampler, steps, eta, refiner)
-        if self.config.aesthetic and latent is None:
-            warnings.warn(f"the {self.config.name} finishes what SDXL began and is poor at starting from noise: "
-                          "give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
-        sigmas = self.sigmas(sampler, spacing, steps, refiner)
-        batch = len(prompt.context["cond"] if latent is None else latent)
-        seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
-        if not seeds or batch != len(seeds) and (batch > 1 or latent is not None):
-            raise BadInput(f"{batch} {'prompts' if latent is None else 'latents'} for {len(seeds)} pictures: give one for each")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        shape = self.latent_shape(size or self.config.size) if latent is None else latent.shape[1:]
+    def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Noise:
+        """Unit normal noise for latents of pictures of (width, height) pixels; each depends on its seed alone."""
+        shape, generators = self.latent_shape(size), [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
         def noise() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+            drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+            return torch.stack(drawn).to(self.device)
 
-        x = (noise() if latent is None else latent.to(self.device, torch.float32)) * math.sqrt(sigmas[0] ** 2 + 1)
-        watched = {sigmas[i] for i in watch if i < steps}.__contains__
-        denoise = self.denoiser(self.placed(prompt, len(seeds)), guidance, watched, maps)
-        if refiner:
-            finish = refiner.model.denoiser(refiner.model.placed(refiner.prompt, len(seeds)), guidance, watched, maps)
-            denoise = handed_over(denoise, finish, refiner.start)
-        run = SAMPLERS[sampler](denoise, x, sigmas, noise, **({} if eta is None else {"eta": eta}))
-        for i in range(steps):
-            with torch.no_grad():                     # never across a yield: it would leak into the caller's loop
-                x, denoised = next(run)
-            if not x.isfinite().all():
-                raise FloatingPointError(f"step {i + 1} of {steps} is not finite in {self.dtype}: try --dtype float32, lower prompt weights, another file")
-            yield Step(i, steps, sigmas[i], x / math.sqrt(sigmas[i + 1] ** 2 + 1), denoised)
+        return noise
 
-    def check(self, sampler: str, steps: int, eta: float | None, refiner: Refiner | None) -> None:
-        """Refuse what cannot be, and say what is unusual."""
-        if sampler not in SAMPLERS:
-            raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
-        if not 1 <= steps <= 1000:
-            raise BadInput(f"steps are 1 to 1000, as many as the training's, not {steps}")
-        if eta is not None and "eta" not in inspect.signature(SAMPLERS[sampler]).parameters:
-            raise BadInput(f"eta is the share of fresh noise; {sampler} adds none")
-        if eta is not None and not 0 <= eta <= 1:
-            raise BadInput(f"eta is a share from 0 to 1, not {eta}")
-        other = refiner and refiner.model.config
-        if refiner and (other.latent_scale, other.vae.latent_channels) != (self.config.latent_scale, self.config.vae.latent_channels):
-            raise BadInput(f"{other.name} cannot refine what {self.config.name} began: their latents are not the same")
-        if refiner and not other.aesthetic:
-            warnings.warn(f"{other.name} is no refiner: it is used as one all the same", stacklevel=3)
+    def sample(
+        self,
+        prompt: Prompt | Texts,
+        guidance: Guidance | Rule | None = None,
+        *,
+        sampler: str | Sampler = "dpmpp_2m",
+        steps: int = 30,
+        size: tuple[int, int] | None = None,
+        seeds: int | Sequence[int] = 0,
+        sigmas: Sequence[float] | None = None,
+        latent: Tensor | None = None,
+    ) -> Generator[Step, Tensor | None, None]:
+        """Denoise from noise to picture, one Step at a time; the last step's latent is the result.
+
+        prompt, guidance: see `denoiser`. sampler: a name or a function. size: (width, height) in pixels, by default
+        the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
+        place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
+        """
+        prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
+        batch = prompt.pictures if latent is None else len(latent)
+        seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
+        if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
+            what = "prompts" if latent is None else "latents"
+            raise BadInput(f"{batch} {what} for {len(seeds)} pictures: give one for each")
+        if latent is not None:
+            size = tuple(side * self.config.vae.factor for side in (latent.shape[-1], latent.shape[-2]))
+        elif self.config.aesthetic_scores:
+            what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
+            warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
+        sigmas = self.sigmas(steps, sampler, None) if sigmas is None else list(sigmas)
+        noise = self.noise(seeds, size or self.config.size)
+        first = noise()  # also where it is not used: later noise is never what a latent was made of
+        start = first if latent is None else latent.to(self.device, torch.float32)
+        return run(self.denoiser(prompt, guidance), sampler, start * math.sqrt(sigmas[0] ** 2 + 1), sigmas, noise)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
         factor = self.config.vae.factor
+        if not isinstance(size, Sequence) or len(size) != 2:
+            raise BadInput(f"a size is (width, height) in pixels, not {size!r}")
         for side in size:
             if side < factor or side % factor:
                 below = max(side // factor, 1) * factor
-                raise BadInput(f"{side} pixels are no multiple of {factor}: the nearest sizes are {below} and {below + factor}")
+                nearest = f"nearest sizes are {below} and {below + factor}"
+                raise BadInput(f"{side} pixels are no multiple of {factor}: {nearest}")
         return self.config.vae.latent_channels, size[1] // factor, size[0] // factor
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Latent (b c h w) -> pictures (b 3 H W) in [0, 1]; one by one beyond WHOLE latent pixels, larger ones in bands: less memory."""
+        """Latent (b c h w) -> pictures (b 3 H W) in [0, 1].
+
+        One by one beyond WHOLE latent pixels, larger ones in bands, which takes less memory.
+        """
         dtype = self.vae.quant_conv.weight.dtype
-        latent, pixels = (latent / self.config.latent_scale).to(dtype), latent.shape[2] * latent.shape[3]
+        latent, pixels = (latent / self.config.latent_scale).to(self.device, dtype), math.prod(latent.shape[-2:])
         several = latent.split(max(1, WHOLE // pixels))
-        image = torch.cat([self.vae.decode(some, 32 if pixels > WHOLE else None) for some in several]).float()
+        decode = self.vae.decode
+        if pixels > WHOLE:
+            from .large import decode_in_bands
+
+            decode = partial(decode_in_bands, self.vae)
+        image = torch.cat([decode(some) for some in several]).float()
         if not image.isfinite().all():
-            raise FloatingPointError(f"decoding gave numbers that are not finite in {dtype}: try --dtype float32 or bfloat16")
+            raise FloatingPointError(f"decoding is not finite in {dtype}: try --dtype float32 or bfloat16")
         return (image / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        """Pictures (b 3 H W) in [0, 1] -> the mean latent (b c h w)."""
-        return self.vae.encode((image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype))[0].float() * self.config.latent_scale
+        """Pictures (b 3 H W) in [0, 1], sides multiples of the VAE's factor -> the mean latent (b c h w)."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise BadInput(f"pictures are (b 3 height width), not {tuple(image.shape)}")
+        self.latent_shape((image.shape[3], image.shape[2]))
+        image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
+        return self.vae.encode(image)[0].float() * self.config.latent_scale
 
 
 def embedded_checkpoint() -> Path:
@@ -309,43 +246,61 @@ def embedded_checkpoint() -> Path:
 
 @torch.no_grad()
 def seems_to_predict(unet: UNet) -> Prediction:
-    """What the network's output means, by its answer to pure noise.
+    """What a network's output means, by its answer to pure noise.
 
-    Where there is nothing but noise, eps is the input itself, and v is minus an expected picture, which knows nothing of the input.
+    Where there is nothing but noise, eps is the input itself, and v is minus an expected picture, which knows nothing
+    of the input.
     """
-    x = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0)).to(unet.out[2].weight)
-    out, _ = unet(x, x.new_full((1,), 999), x.new_zeros(1, 77, unet.config.context_dim))
+    x = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = x.to(unet.out[2].weight)
+    out, _ = unet(x, x.new_full((1,), 999), Conditioning(x.new_zeros(1, 77, unet.config.context_dim)))
     return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
 
 
-def load(path: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None,
-         prediction: Prediction | None = None, vae: str | Path | None = None, tokenizer: str | Path | None = None,
-         offload: bool = False) -> Diffusion:
+def load(
+    path: File | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    prediction: Prediction | None = None,
+    vae: File | None = None,
+    tokenizer: File | None = None,
+    offload: bool = False,
+) -> Diffusion:
     """Load a checkpoint, by default the embedded one. Raises BadInput with one line that says what is wrong.
 
-    dtype: float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the family usually predicts.
-    vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or bpe_simple_vocab_16e6.txt.gz.
-    offload: keep the text towers off the device but while they encode.
+    dtype: float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the family usually
+    predicts. vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or
+    bpe_simple_vocab_16e6.txt.gz. offload: keep the text towers off the device but while they encode.
     """
     try:
-        torch.zeros(1, device=device).item()          # also refuses devices that hold no numbers
+        torch.zeros(1, device=device).item()  # also refuses devices that hold no numbers
     except (RuntimeError, AssertionError, ImportError):
         raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
     if prediction not in (None, "eps", "v"):
         raise BadInput(f"prediction is eps or v, not {prediction!r}")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    config, unet, first_stage, text = load_parts(
-        Path(path or embedded_checkpoint()), dtype, read_tokenizer(tokenizer) if tokenizer else None, vae and Path(vae))
-    unet, first_stage, text = unet.to(device), first_stage.to(device), text if offload or text is None else text.to(device)
+    files = Path(path or embedded_checkpoint()), tokenizer and Path(tokenizer), vae and Path(vae)
+    config, unet, first_stage, text = load_parts(*files, dtype)
+    unet, first_stage = unet.to(device), first_stage.to(device)
+    text = text if offload or text is None else text.to(device)
     if config.vae.overflows and dtype == torch.float16:
         warnings.warn("SDXL's VAE overflows in float16: it runs in float32", stacklevel=2)
     if config.name == SD2_V.name:
-        found = seems_to_predict(unet)
-        if not prediction:
-            warnings.warn(f"an SD 2.x file does not say what it predicts: taken as {found}, by its answer to pure noise; "
-                          "--prediction says otherwise", stacklevel=2)
-        elif found != prediction:
-            warnings.warn(f"prediction {prediction} was asked for, but this network answers pure noise as one of {found}", stacklevel=2)
-        prediction = prediction or found
-        config = replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if prediction == "eps" else config
-    return Diffusion(replace(config, prediction=prediction or config.prediction), unet, first_stage, text)
+        prediction, config = predicted_by_sd2(unet, config, prediction)
+    prediction = prediction or config.schedule.prediction
+    config = replace(config, schedule=replace(config.schedule, prediction=prediction))
+    return Diffusion(config, unet, first_stage, text)
+
+
+def predicted_by_sd2(unet: UNet, config: Config, asked: Prediction | None) -> tuple[Prediction, Config]:
+    """What an SD 2.x network predicts, asked for or by its answer to noise, and the config of those that predict it."""
+    found = seems_to_predict(unet)
+    unsaid = "an SD 2.x file does not say what it predicts"
+    what = f"{unsaid}: taken as {found}, by its answer to pure noise; --prediction says otherwise"
+    if asked:
+        what = f"prediction {asked} was asked for, but this network answers pure noise as one of {found}"
+    if asked != found:
+        warnings.warn(what, stacklevel=3)
+    base = (asked or found) == "eps"
+    return asked or found, replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if base else config

@@ -1,50 +1,87 @@
-"""The U-Net of every Stable Diffusion family. Attribute names are the original checkpoint's keys; attention maps are return values."""
+"""The U-Net of every Stable Diffusion family. Attribute names are the original checkpoint's keys.
+
+Attention maps are return values, attention functions are arguments.
+"""
+
 import math
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import UNetConfig
-from .layers import Conv3x3, Linear
+from .errors import BadInput
+
+
+# Where a text does not count at a pixel its weight is LEAST, so that its own map is known there too. A bias of SILENCED,
+# below all logits, keeps attention from it; LEAST's own logarithm would not, since logits can span more than 69.
+LEAST, NOWHERE, SILENCED = 1e-30, 1e-20, -1e4
 
 
 class Maps(NamedTuple):
-    """Attention probabilities of one transformer block, averaged over heads, fp32; every row sums to one."""
-    self: Tensor                                      # (b n n), n = h * w
-    cross: Tensor                                     # (b n t)
-    size: tuple[int, int]                             # (h, w)
+    """Attention probabilities of one transformer block in fp32, the mean over heads; every row sums to one.
+
+    Where heads are asked for, (b heads n n) and (b heads n t).
+    """
+
+    self: Tensor  # (b n n), n = h * w
+    cross: Tensor  # (b n t)
+    size: tuple[int, int]  # (h, w)
 
 
-class Asked(NamedTuple):
-    """What the transformer blocks attend to, and which maps they return."""
-    context: Tensor                                   # (r*b t d)
-    shares: Tensor | None                             # (r*b k H W) of the context's k equal parts at every pixel; None: it has one
-    padding: Tensor | None                            # (r*b 1 1 t) minus infinity at tokens that do not count, else 0; None: all do
-    pixels: int                                       # blocks with at most this many return maps,
-    keep: Callable[[Maps], Any]                       # or what this makes of them,
-    rows: int                                         # of the first rows and of the context's first part
-    alone: int = 0                                    # so many of the last rows' pixels attend to themselves only
+class Capture(NamedTuple):
+    """Which transformer blocks return what is made of their maps: small ones, and those that are named."""
+
+    pixels: int = 0  # blocks of at most this many pixels,
+    blocks: Collection[str] = ()  # and these, such as "input_blocks.4.1.transformer_blocks.0"
+    heads: bool = False  # every head's maps, or their mean
+    make: Callable[[Maps], Any] = lambda maps: maps
+
+
+class Site(NamedTuple):
+    """Where an attention function is called, and what it adds to the logits."""
+
+    block: str  # "input_blocks.4.1.transformer_blocks.0"
+    kind: Literal["self", "cross"]
+    size: tuple[int, int]  # (h, w) of the pixels
+    bias: Tensor | None  # (b 1 n|1 t), the logarithm of the tokens' weight
+
+
+Captured = dict[str, Any]  # by block, what a Capture makes of its maps
+Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # q, k, v (b heads n d) -> (b heads n d)
+
+
+class Conditioning(NamedTuple):
+    """What the network is conditioned on, r rows for each of b pictures, row by row for the whole batch."""
+
+    tokens: Tensor  # (r*b t d)
+    vector: Tensor | None = None  # (r*b v), XL's
+    weight: Tensor | None = (
+        None  # (r*b t h w | 1 1) how many times a token counts at a pixel; 0 everywhere: it is filler
+    )
+    own: int | None = None  # the leading tokens that maps describe; None: all
+    flags: Mapping[str, Tensor] = {}  # what people want to be told, each (b)
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:
-        """What is added to a block's attention logits, (r*b 1 n|1 t): a token then counts as often as its part's share says."""
-        if self.shares is None:
-            return self.padding
-        shares = F.interpolate(self.shares, size=size, mode="area").log().to(self.context.dtype)
-        shares = repeat(shares, "b k h w -> b 1 (h w) (k t)", t=self.context.shape[1] // shares.shape[1])
-        return shares if self.padding is None else shares + self.padding
-
-    @property
-    def tokens(self) -> int:
-        """Those of the context's first part."""
-        return self.context.shape[1] // (1 if self.shares is None else self.shares.shape[1])
+        """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
+        if self.weight is None:
+            return None
+        weight = self.weight
+        if weight.shape[-2:] != (1, 1):
+            weight = F.interpolate(weight, size=size, mode="area")
+        bias = weight.log().masked_fill((weight > 0) & (weight < NOWHERE), SILENCED)
+        return rearrange(bias, "b t h w -> b 1 (h w) t").to(self.tokens.dtype)
 
 
-def all_of_it(maps: Maps) -> Maps:
-    return maps
+class Call(NamedTuple):
+    """What one call of the network hands down to its transformer blocks."""
+
+    conditioning: Conditioning
+    capture: Capture
+    attend: Attend | None
 
 
 def expand(x: Tensor, rows: int) -> Tensor:
@@ -59,16 +96,22 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def mean_probabilities(q: Tensor, k: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Queries (b heads n d), keys (b heads m d) -> softmax(q k^T / sqrt d + padding (b 1 m)), averaged over heads, (b n m), in fp32.
+def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """The network's own attention function, q (b heads n d), k and v (b heads m d) -> (b heads n d)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=site.bias)
 
-    One head at a time: no (b heads n m) tensor ever exists.
+
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt d + bias) in fp32, q (b heads n d), k (b heads m d), bias (b 1 n|1 m).
+
+    The mean over heads (b n m), one head at a time, so that no (b heads n m) ever exists; or with `heads` just that.
     """
-    q, total = q.float() * q.shape[-1] ** -0.5, 0
+    q, maps = q.float() * q.shape[-1] ** -0.5, []
     for q_head, k_head in zip(q.unbind(1), k.float().unbind(1)):
         logits = q_head @ k_head.mT
-        total = total + (logits if padding is None else logits + padding).softmax(dim=-1)
-    return total / q.shape[1]
+        head = (logits if bias is None else logits + bias[:, 0]).softmax(dim=-1)
+        maps = [*maps, head] if heads or not maps else [maps[0] + head]
+    return torch.stack(maps, 1) if heads else maps[0] / q.shape[1]
 
 
 class Downsample(nn.Module):
@@ -83,7 +126,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -93,15 +136,22 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, embedding: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, in_channels), nn.SiLU(), Conv3x3(in_channels, out_channels))
+            nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
-        self.out_layers = nn.Sequential(                                                          # dropout keeps the names' numbers
-            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0), Conv3x3(out_channels, out_channels))
-        self.skip_connection = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        # dropout keeps the names' numbers
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.in_layers(x)
-        h = self.out_layers(h + self.emb_layers(embedding[:len(x)])[:, :, None, None])
+        h = self.out_layers(h + self.emb_layers(embedding[: len(x)])[:, :, None, None])
         return self.skip_connection(x) + h
 
 
@@ -114,108 +164,107 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, mapped: tuple[int, int] | None, bias: Tensor | None = None,
-                padding: Tensor | None = None, alone: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Pixels (b n c) attend to context (b m d), logits biased; returns (b n c) and, if asked for, the map of (rows, m), padding alone added.
-
-        The pixels of the last rows, so many as are `alone`, attend to themselves: their attention is the identity (2403.17377).
-        """
+    def forward(
+        self, x: Tensor, context: Tensor, site: Site, call: Call, captured: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pixels (b n c) attend to context (b m d): the output (b n c), and where it is captured the map."""
         q = rearrange(self.to_q(x), "b n (heads d) -> b heads n d", heads=self.heads)
         k = rearrange(self.to_k(context), "b m (heads d) -> b heads m d", heads=self.heads)
         v = rearrange(self.to_v(context), "b m (heads d) -> b heads m d", heads=self.heads)
-        others = len(q) - alone
-        out = F.scaled_dot_product_attention(q[:others], k[:others], v[:others], attn_mask=bias)
-        out = rearrange(torch.cat([out, v[others:]]) if alone else out, "b heads n d -> b n (heads d)")
-        if not mapped:
-            return self.to_out(out), None
-        rows, tokens = mapped
-        padding = padding if padding is None else padding[:rows, 0, :, :tokens]
-        return self.to_out(out), mean_probabilities(q[:rows], k[:rows, :, :tokens], padding)
+        out = (call.attend or attention)(q, k, v, site)
+        out = self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
+        if not captured:
+            return out, None
+        if site.kind == "self":
+            return out, probabilities(q, k, heads=call.capture.heads)
+        own, bias = call.conditioning.own, site.bias
+        if bias is not None:  # a weight that all of the own tokens share cancels: their map is as if they were alone
+            bias = bias[..., :own] - bias[..., :own].amax(-1, keepdim=True)
+        return out, probabilities(q, k[:, :, :own], bias, call.capture.heads)
 
 
 class GEGLU(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.proj = Linear(in_channels, 2 * out_channels)
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
+    name = ""  # its key in the U-Net, which gives it
+
     def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()
+        feed_forward = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(0), nn.Linear(4 * channels, channels))
         self.attn1 = Attention(channels, channels, heads)
-        self.ff = FeedForward(channels)
+        self.ff = nn.ModuleDict({"net": feed_forward})
         self.attn2 = Attention(channels, context_dim, heads)
         self.norm1 = nn.LayerNorm(channels)
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x: Tensor, size: tuple[int, int], asked: Asked) -> tuple[Tensor, list]:
-        """Pixels (b n c) -> pixels (r*b n c) and what is kept of this block's maps."""
-        rows, captured = len(asked.context), x.shape[1] <= asked.pixels
-        x = expand(x, rows) if asked.alone else x
+    def forward(self, x: Tensor, size: tuple[int, int], bias: Tensor | None, call: Call) -> tuple[Tensor, Captured]:
+        """Pixels (b n c) -> pixels (r*b n c), and what is made of this block's maps where it is captured."""
+        tokens, capture = call.conditioning.tokens, call.capture
+        captured = x.shape[1] <= capture.pixels or self.name in capture.blocks
         normed = self.norm1(x)
-        out, self_map = self.attn1(normed, normed, (asked.rows, x.shape[1]) if captured else None, alone=asked.alone)
-        x = expand(x + out, rows)
-        out, cross_map = self.attn2(self.norm2(x), asked.context, (asked.rows, asked.tokens) if captured else None, asked.bias(size), asked.padding)
+        out, self_map = self.attn1(normed, normed, Site(self.name, "self", size, None), call, captured)
+        x = expand(x + out, len(tokens))
+        out, cross_map = self.attn2(self.norm2(x), tokens, Site(self.name, "cross", size, bias), call, captured)
         x = x + out
-        x = x + self.ff(self.norm3(x))
-        return x, [asked.keep(Maps(expand(self_map, asked.rows), cross_map, size))] if captured else []
+        x = x + self.ff["net"](self.norm3(x))
+        if not captured:
+            return x, {}
+        return x, {self.name: capture.make(Maps(expand(self_map, len(tokens)), cross_map, size))}
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map."""
+
     def __init__(self, channels: int, depth: int, config: UNetConfig):
         super().__init__()
         heads = config.heads or channels // config.head_channels
         self.linear = config.linear_projections
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, config.context_dim, heads) for _ in range(depth))
+        blocks = [TransformerBlock(channels, config.context_dim, heads) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, asked: Asked) -> tuple[Tensor, list]:
-        size, kept = tuple(x.shape[-2:]), []
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Captured]:
+        size, captured = tuple(x.shape[-2:]), {}
+        bias = call.conditioning.bias(size)
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")
         h = self.proj_in(h) if self.linear else h
         for block in self.transformer_blocks:
-            h, maps = block(h, size, asked)
-            kept += maps
+            h, of_block = block(h, size, bias, call)
+            captured |= of_block
         h = self.proj_out(h) if self.linear else h
         h = rearrange(h, "b (h w) c -> b c h w", h=size[0])
         h = h if self.linear else self.proj_out(h)
-        return expand(x, len(h)) + h, kept
+        return expand(x, len(h)) + h, captured
 
 
 class Block(nn.ModuleList):
     """The layers between two skip connections."""
-    def forward(self, x: Tensor, embedding: Tensor, asked: Asked, size: tuple[int, int] | None = None) -> tuple[Tensor, list]:
+
+    def forward(
+        self, x: Tensor, embedding: Tensor, call: Call, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Captured]:
         """`size` is what an upsampling at the end has to reach: that of the next skip, also where it is odd."""
-        kept = []
+        captured = {}
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)
             elif isinstance(layer, SpatialTransformer):
-                x, maps = layer(x, asked)
-                kept += maps
-            elif isinstance(layer, Upsample):
-                x = layer(x, size)
+                x, captured = layer(x, call)
             else:
-                x = layer(x)
-        return x, kept
+                x = layer(x, size) if isinstance(layer, Upsample) else layer(x)
+        return x, captured
 
 
 class UNet(nn.Module):
@@ -229,10 +278,12 @@ class UNet(nn.Module):
             block = Block([ResBlock(in_channels, width, embedding)])
             return block.append(SpatialTransformer(width, depth, config)) if depth else block
 
-        self.time_embed = nn.Sequential(nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        def mlp(in_channels: int) -> nn.Sequential:
+            return nn.Sequential(nn.Linear(in_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+
+        self.time_embed = mlp(base)
         if config.vector_dim:
-            self.label_emb = nn.Sequential(nn.Sequential(
-                nn.Linear(config.vector_dim, embedding), nn.SiLU(), nn.Linear(embedding, embedding)))
+            self.label_emb = nn.Sequential(mlp(config.vector_dim))
 
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, base, 3, padding=1)])])
         channels, skips = base, [base]
@@ -245,54 +296,66 @@ class UNet(nn.Module):
                 self.input_blocks.append(Block([Downsample(width)]))
                 skips.append(width)
 
-        self.middle_block = stage(channels, channels, config.middle_depth).append(ResBlock(channels, channels, embedding))
+        self.middle_block = stage(channels, channels, config.middle_depth)
+        self.middle_block.append(ResBlock(channels, channels, embedding))
 
         self.output_blocks = nn.ModuleList()
         for level, (width, depth) in reversed(list(enumerate(zip(widths, config.transformer_depth)))):
             for i in range(config.res_blocks + 1):
                 self.output_blocks.append(stage(channels + skips.pop(), width, depth))
                 channels = width
-                if level and i == config.res_blocks:
-                    self.output_blocks[-1].append(Upsample(width))
+            if level:
+                self.output_blocks[-1].append(Upsample(width))
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
+        for name, module in self.named_modules():
+            if isinstance(module, TransformerBlock):
+                module.name = name
 
-    def attending(self) -> list[str]:
-        """The prefixes of the keys of its blocks with attention."""
-        blocks = {f"{side}.{i}": block for side in ("input_blocks", "output_blocks") for i, block in enumerate(getattr(self, side))}
-        return [name for name, block in {"middle_block": self.middle_block, **blocks}.items() if any(isinstance(layer, SpatialTransformer) for layer in block)]
+    def transformer_names(self) -> list[str]:
+        """The names of its transformer blocks, by which a Site and a Capture know them."""
+        return [module.name for module in self.modules() if isinstance(module, TransformerBlock)]
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None, *, map_pixels: int = 0,
-                keep: Callable[[Maps], Any] = all_of_it, shares: Tensor | None = None, counted: Tensor | None = None,
-                perturbed: int = 0, layers: Collection[str] = ()) -> tuple[Tensor, list]:
-        """Noisy latents x (b c h w), timesteps t (b), context (r*b t d), vector (r*b v) -> prediction (r*b c h w), kept maps.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        *,
+        capture: Capture | None = None,
+        attend: Attend | None = None,
+        residuals: Sequence[Tensor] = (),
+        inject: Mapping[str, Tensor] = {},
+    ) -> tuple[Tensor, Captured]:
+        """Noisy latents x (b c h w), timesteps t (b), r rows of conditioning -> output (r*b c h w), captured by block.
 
-        The context may hold r rows for every x, row by row for the whole batch: x is expanded where they first differ.
-        Blocks of at most `map_pixels` pixels also compute their Maps; the list holds keep(maps) of each, in the order
-        in which the blocks run. The prediction comes from fused attention in either case.
-        shares (r*b k h w): how much each of the context's k equal parts counts at a pixel, one at least more than nothing; maps
-        are those of the first part as if it were alone. counted (r*b t): the tokens that are more than filling, at least one a row.
-        perturbed: so many of the last rows have no maps and, in the blocks named by `layers` ("middle_block", "input_blocks.4"),
-        identity self-attention.
+        The rows share x, which is expanded where they first differ. What is captured changes no bit of the output.
+        attend: an attention function in place of the network's own, for all rows. residuals: what is added to every
+        skip, in the order of the input blocks, and to the middle (ControlNet). inject: what is added to a block's
+        output, by its name, "input_blocks.2" (T2I-Adapter).
         """
-        if perturbed and (isinstance(layers, str) or not layers or not set(layers) <= set(self.attending())):
-            raise ValueError(f"perturbed layers are some of {', '.join(self.attending())}, in a tuple; not {layers!r}")
-        padding = counted if counted is None else torch.where(counted[:, None, None], 0.0, -math.inf).to(context.dtype)
-        asked = Asked(context, shares, padding, map_pixels, keep, len(context) - perturbed)
+        if (conditioning.vector is None) == bool(self.config.vector_dim):
+            raise BadInput(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its tokens")
+        call = Call(conditioning, capture or Capture(), attend)
+        rows, captured, skips = len(conditioning.tokens), {}, []
         embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
-        if (vector is None) == bool(self.config.vector_dim):
-            raise ValueError(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its context")
-        embedding = expand(embedding, len(context))
-        if vector is not None:
-            embedding, x = embedding + self.label_emb(vector), expand(x, len(context))
-        alone, kept, skips = asked._replace(alone=perturbed), [], []
+        embedding = expand(embedding, rows)
+        if conditioning.vector is not None:
+            embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
+
+        def run(name: str, block: Block, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+            x, of_block = block(x, embedding, call, size)
+            captured.update(of_block)
+            return expand(x, len(inject[name])) + inject[name] if name in inject else x
+
         for i, block in enumerate(self.input_blocks):
-            x, maps = block(x, embedding, alone if f"input_blocks.{i}" in layers else asked)
-            kept += maps
+            x = run(f"input_blocks.{i}", block, x)
             skips.append(x)
-        x, maps = self.middle_block(x, embedding, alone if "middle_block" in layers else asked)
-        kept += maps
+        x = run("middle_block", self.middle_block, x)
+        if residuals:
+            *to_skips, to_middle = residuals
+            x = x + to_middle
+            skips = [expand(skip, len(more)) + more for skip, more in zip(skips, to_skips, strict=True)]
         for i, block in enumerate(self.output_blocks):
             x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
-            x, maps = block(x, embedding, alone if f"output_blocks.{i}" in layers else asked, skips[-1].shape[-2:] if skips else None)
-            kept += maps
-        return self.out(x), kept
+            x = run(f"output_blocks.{i}", block, x, skips[-1].shape[-2:] if skips else None)
+        return self.out(x), captured

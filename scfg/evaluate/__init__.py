@@ -1,1 +1,1 @@
-"""How good the embedded model is, measured where the truth is known: `python -m scfg.evaluate flatland` and `segment`."""
+"""How good the embedded model is, measured where the truth is known: `python -m scfg.evaluate`."""

@@ -1,4 +1,5 @@
 """Measure the embedded model: python -m scfg.evaluate flatland, segment or regions."""
+
 import argparse
 import hashlib
 import json
@@ -9,17 +10,18 @@ from typing import NoReturn
 
 import torch
 
-from ..config import BadInput
-from ..diffusion import SAMPLERS, embedded_checkpoint, load
+from ..cpu import keep_freed_memory
+from ..diffusion import embedded_checkpoint, load
+from ..errors import BadInput
 from ..guidance import NAMED
-from ..memory import keep_freed_memory
+from ..samplers import SAMPLERS
 from . import flatland, regions, segment
 from .judge import load_judge
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")                 # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
 
 
 def at_least_one(text: str) -> int:
@@ -48,27 +50,42 @@ def parse() -> argparse.Namespace:
     pictures.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m")
     maps = kinds.add_parser("segment", help="compare attention's regions with the masks that scenes were drawn by")
     guided = kinds.add_parser("regions", help="double one word's scale, and ask for another colour inside a mask")
-    for kind, what, many in ((pictures, "captions of either kind", 512), (maps, "scenes", 512), (guided, "pictures that are wholly right", 200)):
+    for kind, what, many in (
+        (pictures, "captions of either kind", 512),
+        (maps, "scenes", 512),
+        (guided, "pictures that are wholly right", 200),
+    ):
         kind.add_argument("--count", type=at_least_one, default=many, help=f"{what} to score (default: %(default)s)")
         kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        kind.add_argument("--output", type=Path, default=Path("out/evaluate"), help="folder for what is found (default: %(default)s)")
+        kind.add_argument(
+            "--output", type=Path, default=Path("out/evaluate"), help="folder for what is found (default: %(default)s)"
+        )
     return parser.parse_args()
 
 
 def run_flatland(args: argparse.Namespace) -> None:
     checkpoint = hashlib.sha256(embedded_checkpoint().read_bytes()).hexdigest()[:8]
     model, judge, scenes, choice = load(device=args.device), load_judge(), flatland.scored_scenes(args.count), {}
-    settings = flatland.Settings(checkpoint, model.device.type, args.guidance, args.scale or 0.0, args.steps, args.sampler)
+    settings = flatland.Settings(
+        checkpoint, model.device.type, args.guidance, args.scale or 0.0, args.steps, args.sampler
+    )
     if args.scale is None:
         captions = {scene.caption for some in scenes.values() for scene in some}
         choice = flatland.choose_scale(model, judge, settings, captions, args.output)
         settings = settings._replace(scale=max(choice, key=lambda scale: choice[scale].right))
-        print("whole captions right by scale, on others than below:", ", ".join(f"{s:g}: {share}" for s, share in choice.items()))
+        print(
+            "whole captions right by scale, on others than below:",
+            ", ".join(f"{s:g}: {share}" for s, share in choice.items()),
+        )
     figures, sheet = flatland.evaluate(model, judge, settings, scenes, args.output)
-    print(f"{args.count} captions of each kind, {args.guidance} {settings.scale:g}, {args.steps} steps of {args.sampler}")
+    print(
+        f"{args.count} captions of each kind, {args.guidance} {settings.scale:g}, {args.steps} steps of {args.sampler}"
+    )
     print(flatland.table(figures))
     name = f"flatland-{settings}-{args.count}"
-    write(args.output / f"{name}.json", figures | {"choice": {scale: share._asdict() for scale, share in choice.items()}})
+    write(
+        args.output / f"{name}.json", figures | {"choice": {scale: share._asdict() for scale, share in choice.items()}}
+    )
     sheet.save(args.output / f"{name}.png")
 
 

@@ -1,4 +1,5 @@
 """How much of its captions the model paints: samples, judged."""
+
 import hashlib
 import textwrap
 from collections.abc import Collection, Sequence
@@ -16,33 +17,33 @@ from tqdm import tqdm
 
 from ..diffusion import Diffusion
 from ..flatland import UNSEEN_KINDS, Scene, compose
-from ..guidance import NAMED
+from ..guidance import named_rule
 from .judge import Judge, Verdict, verdict
 
-HELD_OUT = 10 ** 6                                    # the first seed of what is scored; training draws the seeds from 0
-CHOICE = 2 * 10 ** 6                                  # the first seed of what a scale is chosen by
+HELD_OUT = 10**6  # the first seed of what is scored; training draws the seeds from 0
+CHOICE = 2 * 10**6  # the first seed of what a scale is chosen by
 CHOICE_COUNT = 128
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)                    # to choose from
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # to choose from
 BATCH = 16
-SHOWN = 24                                            # pictures of each kind on the contact sheet
+SHOWN = 24  # pictures of each kind on the contact sheet
 
 
 class Settings(NamedTuple):
-    checkpoint: str                                   # the beginning of its file's SHA-256
+    checkpoint: str  # the beginning of its file's SHA-256
     device: str
-    guidance: str                                     # a name in guidance.NAMED
+    guidance: str  # a name in guidance.NAMED
     scale: float
     steps: int
     sampler: str
 
     def __str__(self) -> str:
-        return "-".join(map(str, self))               # in the names of files
+        return "-".join(map(str, self))  # in the names of files
 
 
 class Share(NamedTuple):
     right: int
     of: int
-    pictures: int                                     # that these are in: two things of one picture are not independent
+    pictures: int  # that these are in: two things of one picture are not independent
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -66,12 +67,12 @@ def sampled(model: Diffusion, scenes: Sequence[Scene], settings: Settings, folde
     kept.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in tqdm(range(0, len(scenes), BATCH), desc=f"{name}, scale {settings.scale:g}", leave=False):
-        some = scenes[first:first + BATCH]
+        some = scenes[first : first + BATCH]
         captions, seeds = [scene.caption for scene in some], [scene.seed for scene in some]
         path = kept / f"{hashlib.sha256(repr((captions, seeds)).encode()).hexdigest()[:12]}.npy"
         if not path.exists():
-            rule = NAMED[settings.guidance](settings.scale)
-            *_, step = model.sample(model.prompt(captions), rule, settings.sampler, steps=settings.steps, seeds=seeds)
+            rule = named_rule(settings.guidance, settings.scale, model.config)
+            *_, step = model.sample(captions, rule, sampler=settings.sampler, steps=settings.steps, seeds=seeds)
             pixels = (model.decode(step.latent) * 255).round().byte().cpu().numpy()
             np.save(path.with_suffix(".part.npy"), pixels)
             path.with_suffix(".part.npy").replace(path)
@@ -87,19 +88,32 @@ def judged(judge: Judge, scenes: Sequence[Scene], pictures: Tensor) -> list[Verd
 def shares(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, Share]:
     """How often each aspect was right; objects and colours are counted thing by thing.
 
-    Unseen compositions have more things than seen ones, hence whole captions by their number; most of their things are of
-    kinds that training showed, hence those apart that it did not.
+    Unseen compositions have more things than seen ones, hence whole captions by their number; most of their things
+    are of kinds that training showed, hence those apart that it did not.
     """
     pairs = list(zip(scenes, verdicts))
     outcomes = {
-        "objects": [v.objects for v in verdicts], "colours": [v.colours for v in verdicts],
-        "things of unseen kinds": [[o and c for thing, o, c in zip(scene.things, v.objects, v.colours)
-                                    if (thing.name, thing.colour) in UNSEEN_KINDS] for scene, v in pairs],
-        "number of things": [[v.number] for v in verdicts], "backgrounds": [[v.background] for v in verdicts],
-        "relations": [[v.relation] for v in verdicts if v.relation is not None], "whole captions": [[v.whole] for v in verdicts],
+        "objects": [v.objects for v in verdicts],
+        "colours": [v.colours for v in verdicts],
+        "things of unseen kinds": [
+            [
+                o and c
+                for thing, o, c in zip(scene.things, v.objects, v.colours)
+                if (thing.name, thing.colour) in UNSEEN_KINDS
+            ]
+            for scene, v in pairs
+        ],
+        "number of things": [[v.number] for v in verdicts],
+        "backgrounds": [[v.background] for v in verdicts],
+        "relations": [[v.relation] for v in verdicts if v.relation is not None],
+        "whole captions": [[v.whole] for v in verdicts],
         "  of one thing": [[v.whole] for scene, v in pairs if len(scene.things) == 1],
-        "  of two things": [[v.whole] for scene, v in pairs if len(scene.things) == 2]}
-    return {aspect: Share(sum(map(sum, rights)), sum(map(len, rights)), sum(map(bool, rights))) for aspect, rights in outcomes.items()}
+        "  of two things": [[v.whole] for scene, v in pairs if len(scene.things) == 2],
+    }
+    return {
+        aspect: Share(sum(map(sum, rights)), sum(map(len, rights)), sum(map(bool, rights)))
+        for aspect, rights in outcomes.items()
+    }
 
 
 def others(captions: Collection[str]) -> list[Scene]:
@@ -107,7 +121,9 @@ def others(captions: Collection[str]) -> list[Scene]:
     return list(islice((scene for scene in map(compose, from_(CHOICE)) if scene.caption not in captions), CHOICE_COUNT))
 
 
-def choose_scale(model: Diffusion, judge: Judge, settings: Settings, scored: Collection[str], folder: Path) -> dict[float, Share]:
+def choose_scale(
+    model: Diffusion, judge: Judge, settings: Settings, scored: Collection[str], folder: Path
+) -> dict[float, Share]:
     """Whole captions right at every scale, on captions that are not scored."""
     scenes, found = others(scored), {}
     for scale in SCALES:
@@ -117,7 +133,9 @@ def choose_scale(model: Diffusion, judge: Judge, settings: Settings, scored: Col
 
 
 def scored_scenes(count: int) -> dict[str, list[Scene]]:
-    return {name: [compose(HELD_OUT + i, seen) for i in range(count)] for name, seen in (("seen", True), ("unseen", False))}
+    return {
+        name: [compose(HELD_OUT + i, seen) for i in range(count)] for name, seen in (("seen", True), ("unseen", False))
+    }
 
 
 def contact_sheet(pictures: Tensor, captions: Sequence[str], columns: int = 8, side: int = 128) -> Image.Image:
@@ -134,16 +152,21 @@ def contact_sheet(pictures: Tensor, captions: Sequence[str], columns: int = 8, s
     return sheet
 
 
-def evaluate(model: Diffusion, judge: Judge, settings: Settings, kinds: dict[str, list[Scene]],
-             folder: Path) -> tuple[dict[str, Any], Image.Image]:
+def evaluate(
+    model: Diffusion, judge: Judge, settings: Settings, kinds: dict[str, list[Scene]], folder: Path
+) -> tuple[dict[str, Any], Image.Image]:
     """Figures of seen and unseen compositions as a dict for JSON, and a contact sheet of the first of each."""
     figures: dict[str, Any] = {"settings": settings._asdict()}
     shown, captions = [], []
     for name, scenes in kinds.items():
         pictures = sampled(model, scenes, settings, folder, name)
         verdicts = judged(judge, scenes, pictures)
-        figures[name] = {aspect: share._asdict() | {"interval": share.interval} for aspect, share in shares(scenes, verdicts).items()}
-        figures[name]["captions"] = [{"caption": scene.caption, "seed": scene.seed} | v._asdict() for scene, v in zip(scenes, verdicts)]
+        figures[name] = {
+            aspect: share._asdict() | {"interval": share.interval} for aspect, share in shares(scenes, verdicts).items()
+        }
+        figures[name]["captions"] = [
+            {"caption": scene.caption, "seed": scene.seed} | v._asdict() for scene, v in zip(scenes, verdicts)
+        ]
         shown.append(pictures[:SHOWN])
         captions += [f"{'' if v.whole else '(wrong) '}{scene.caption}" for scene, v in zip(scenes[:SHOWN], verdicts)]
     return figures, contact_sheet(torch.cat(shown), captions)

@@ -1,4 +1,5 @@
 """What regions are good for, judged: one word's scale doubled, and another colour asked for where a thing stands."""
+
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count as from_
 from itertools import islice
@@ -10,29 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..area import Area, Region, mask, words
 from ..diffusion import Diffusion
 from ..flatland import COLOURS, UNSEEN_KINDS, Scene, compose
-from ..guidance import SCFG, ByRegion, ScaleRule
+from ..guidance import Rule, named_rule
+from ..regional import Area, ByRegion, Part, Region, RegionalPrompt, mask, words
 from ..segment import Regions
-from ..text import Part
 from .flatland import BATCH, HELD_OUT, Share, contact_sheet
 from .judge import Judge, Reading, verdict
 
 STEPS = 20
 SHOWN = 24
-MARGIN = 9                                            # pixels: the window by whose maximum a thing's mask grows
+MARGIN = 9  # pixels: the window by whose maximum a thing's mask grows
 
 
 class Made(NamedTuple):
     """A scene of two things, painted."""
+
     scene: Scene
-    picture: Tensor                                   # (3 h w)
+    picture: Tensor  # (3 h w)
     reading: Reading
 
 
-def paint(model: Diffusion, judge: Judge, scenes: Sequence[Scene], rule: ScaleRule, parts: Sequence[Part] = ()) -> list[Made]:
-    prompt = model.prompt([scene.caption for scene in scenes], parts=parts)
+def scfg(model: Diffusion) -> Rule:
+    return named_rule("scfg", model.config.scale, model.config)
+
+
+def paint(
+    model: Diffusion, judge: Judge, scenes: Sequence[Scene], rule: Rule, parts: Sequence[Part] = ()
+) -> list[Made]:
+    prompt = RegionalPrompt(model.prompt([scene.caption for scene in scenes]), tuple(parts))
     *_, step = model.sample(prompt, rule, steps=STEPS, seeds=[scene.seed for scene in scenes])
     pictures = model.decode(step.latent).cpu()
     return list(map(Made, scenes, pictures, judge.read(pictures)))
@@ -40,16 +47,20 @@ def paint(model: Diffusion, judge: Judge, scenes: Sequence[Scene], rule: ScaleRu
 
 def in_batches(made: Sequence[Made], what: str) -> Iterator[Sequence[Made]]:
     for first in tqdm(range(0, len(made), BATCH), desc=what, leave=False):
-        yield made[first:first + BATCH]
+        yield made[first : first + BATCH]
 
 
 def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], Share]:
-    """So many scenes of two things of different kinds whose pictures are wholly right, and the share of those painted that are."""
+    """Scenes of two kinds of things whose pictures are wholly right, and the share of those painted that are."""
     found, tried = [], 0
-    scenes = (scene for scene in map(compose, from_(HELD_OUT)) if scene.relation and scene.things[0].name != scene.things[1].name)
+    scenes = (
+        scene
+        for scene in map(compose, from_(HELD_OUT))
+        if scene.relation and scene.things[0].name != scene.things[1].name
+    )
     with tqdm(total=count, desc="pictures that are wholly right") as progress:
         while len(found) < count:
-            made = paint(model, judge, list(islice(scenes, BATCH)), SCFG(model.config.scale))
+            made = paint(model, judge, list(islice(scenes, BATCH)), scfg(model))
             right = [one for one in made if verdict(one.scene, one.reading).whole]
             found, tried = found + right, tried + len(made)
             progress.update(len(right))
@@ -58,9 +69,11 @@ def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made]
 
 def of_each(areas: Sequence[Area]) -> Area:
     """One area for each picture of a batch."""
+
     def of(regions: Regions) -> Tensor:
-        own = [Regions(*(values[i:i + 1] for values in regions)) for i in range(len(areas))]
+        own = [Regions(*(values[i : i + 1] for values in regions)) for i in range(len(areas))]
         return torch.cat([area.of(one) for area, one in zip(areas, own)])
+
     return Area(of, "a word of each picture", needs_regions=True)
 
 
@@ -69,7 +82,7 @@ def doubled(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made
     after = []
     for some in in_batches(before, "one word's scale doubled"):
         area = of_each([words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some])
-        after += paint(model, judge, [one.scene for one in some], ByRegion(SCFG(model.config.scale), (Region(area, times=2.0),)))
+        after += paint(model, judge, [one.scene for one in some], ByRegion(scfg(model), (Region(area, times=2.0),)))
     return after
 
 
@@ -91,17 +104,24 @@ def mask_of_first(made: Made) -> Tensor:
     return F.max_pool2d(first.mask[None].float(), MARGIN, 1, MARGIN // 2)
 
 
-def told_alone(scene: Scene) -> str:
+def caption_alone(scene: Scene) -> str:
     return recoloured(scene)._replace(things=recoloured(scene).things[:1], relation=None).caption
 
 
-def asked_for(model: Diffusion, judge: Judge, before: Sequence[Made], area: Callable[[Made], Tensor], text: Callable[[Scene], str],
-              what: str) -> list[Made]:
-    """The same pictures, told another text inside an area."""
+def asked_for(
+    model: Diffusion,
+    judge: Judge,
+    before: Sequence[Made],
+    area: Callable[[Made], Tensor],
+    text: Callable[[Scene], str],
+    what: str,
+) -> list[Made]:
+    """The same pictures, with another text inside an area."""
     after = []
     for some in in_batches(before, what):
-        part = Part(mask(torch.stack([area(one) for one in some])), tuple(text(one.scene) for one in some))
-        after += paint(model, judge, [one.scene for one in some], SCFG(model.config.scale), [part])
+        areas, texts = torch.stack([area(one) for one in some]), [text(one.scene) for one in some]
+        part = Part(mask(areas), model.prompt(texts))
+        after += paint(model, judge, [one.scene for one in some], scfg(model), [part])
     return after
 
 
@@ -112,17 +132,30 @@ def colour_inside(made: Made, area: Tensor) -> str | None:
 
 
 def evaluate(model: Diffusion, judge: Judge, count: int) -> tuple[dict[str, Any], Image.Image]:
-    """Inside the first thing's mask another colour of it is asked for: by the whole caption, by a caption of the thing alone, and
-    for control by the whole caption everywhere but there."""
+    """Inside the first thing's mask another colour of it is asked for.
+
+    By the whole caption, by a caption of the thing alone, and for control by the whole caption everywhere but there.
+    """
     before, right = wholly_right(model, judge, count)
     twice = doubled(model, judge, before)
-    asked = asked_for(model, judge, before, mask_of_first, lambda scene: recoloured(scene).caption, "another colour inside a mask")
-    alone = asked_for(model, judge, before, mask_of_first, told_alone, "the thing named alone")
-    around = asked_for(model, judge, before, lambda one: 1 - mask_of_first(one), lambda scene: recoloured(scene).caption, "outside the mask")
+    asked = asked_for(
+        model, judge, before, mask_of_first, lambda scene: recoloured(scene).caption, "another colour inside a mask"
+    )
+    alone = asked_for(model, judge, before, mask_of_first, caption_alone, "the thing named alone")
+    around = asked_for(
+        model,
+        judge,
+        before,
+        lambda one: 1 - mask_of_first(one),
+        lambda scene: recoloured(scene).caption,
+        "outside the mask",
+    )
 
     def inside(after: Sequence[Made]) -> Share:
         """How often the colour that is asked for is inside the mask."""
-        return share([colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(after, before)])
+        return share(
+            [colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(after, before)]
+        )
 
     def stays(after: Sequence[Made]) -> Share:
         """How often all but the first thing's colour is as the caption has it."""
@@ -130,20 +163,31 @@ def evaluate(model: Diffusion, judge: Judge, count: int) -> tuple[dict[str, Any]
         return share([all((*v.objects, v.colours[1], v.background, v.relation)) for v in verdicts])
 
     verdicts = [verdict(one.scene, one.reading) for one in twice]
-    figures = {"pictures wholly right as they are": right,
-               "one word's scale doubled: the other thing's attributes stay": share([v.objects[1] and v.colours[1] for v in verdicts]),
-               "asked colour inside the mask, before it is asked for": inside(before),
-               "asked colour inside the mask": inside(asked),
-               "  all other attributes stay": stays(asked),
-               "asked colour inside the mask, told of the thing alone": inside(alone),
-               "  all other attributes stay, told of the thing alone": stays(alone),
-               "asked colour inside the mask, told everywhere but there": inside(around)}
+    figures = {
+        "pictures wholly right as they are": right,
+        "one word's scale doubled: the other thing's attributes stay": share(
+            [v.objects[1] and v.colours[1] for v in verdicts]
+        ),
+        "asked colour inside the mask, before it is asked for": inside(before),
+        "asked colour inside the mask": inside(asked),
+        "  all other attributes stay": stays(asked),
+        "asked colour inside the mask, with the thing named alone": inside(alone),
+        "  all other attributes stay, with the thing named alone": stays(alone),
+        "asked colour inside the mask, asked everywhere but there": inside(around),
+    }
     changed = [(one.picture - base.picture).abs().mean().item() for one, base in zip(twice, before)]
     shown = [one for trio in zip(before, twice, asked) for one in trio][:SHOWN]
-    captions = [text for one in before for text in (one.scene.caption, f"{one.scene.things[0].name} twice", f"asked: {other_colour(one.scene)}")]
-    sheet = contact_sheet(torch.stack([one.picture for one in shown]), captions[:len(shown)], columns=6)
-    return {"count": count, "mean change where a scale was doubled": sum(changed) / count,
-            "figures": {name: figure._asdict() for name, figure in figures.items()}}, sheet
+    captions = [
+        text
+        for one in before
+        for text in (one.scene.caption, f"{one.scene.things[0].name} twice", f"asked: {other_colour(one.scene)}")
+    ]
+    sheet = contact_sheet(torch.stack([one.picture for one in shown]), captions[: len(shown)], columns=6)
+    return {
+        "count": count,
+        "mean change where a scale was doubled": sum(changed) / count,
+        "figures": {name: figure._asdict() for name, figure in figures.items()},
+    }, sheet
 
 
 def share(right: Sequence[bool]) -> Share:

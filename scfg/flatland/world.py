@@ -72,7 +72,11 @@ def crescent() -> Points:
 def petals(count: int) -> list[Part]:
     angles = [radians(360 * i / count - 90) for i in range(count)]
     lobes = [("body", oval(0.6 * cos(a), 0.6 * sin(a), 0.38, 0.38)) for a in angles]
-    return lobes + [("body", oval(0, 0, 0.55, 0.55)), ("dark", oval(0, 0, 0.34, 0.34)), ("body", oval(0, 0, 0.24, 0.24))]
+    return lobes + [
+        ("body", oval(0, 0, 0.55, 0.55)),
+        ("dark", oval(0, 0, 0.34, 0.34)),
+        ("body", oval(0, 0, 0.24, 0.24)),
+    ]
 
 
 # Parts are painted in order; "hole" cuts through the parts before it.
@@ -151,15 +155,40 @@ ICONS: dict[str, list[Part]] = {
 OBJECTS: tuple[str, ...] = tuple(ICONS)
 PHRASES = [phrase for phrase, _, _ in BACKGROUNDS.values()]
 # Kept from training: a tenth of the (object, colour) kinds, and a tenth of the pairs of two different objects.
-UNSEEN_KINDS: frozenset[tuple[str, str]] = frozenset({
-    ("ball", "purple"), ("box", "pink"), ("star", "green"), ("heart", "blue"), ("moon", "red"), ("ring", "white"),
-    ("house", "orange"), ("tree", "yellow"), ("fish", "pink"), ("mushroom", "blue"), ("cup", "green"), ("car", "purple"),
-    ("flower", "white"),
-})
-UNSEEN_PAIRS: frozenset[frozenset[str]] = frozenset(frozenset(pair) for pair in (
-    ("car", "star"), ("ball", "tree"), ("house", "moon"), ("fish", "boat"), ("cup", "key"), ("heart", "flower"),
-    ("ring", "kite"), ("mushroom", "box"), ("car", "fish"), ("star", "cup"), ("boat", "kite"), ("tree", "key"),
-))
+UNSEEN_KINDS: frozenset[tuple[str, str]] = frozenset(
+    {
+        ("ball", "purple"),
+        ("box", "pink"),
+        ("star", "green"),
+        ("heart", "blue"),
+        ("moon", "red"),
+        ("ring", "white"),
+        ("house", "orange"),
+        ("tree", "yellow"),
+        ("fish", "pink"),
+        ("mushroom", "blue"),
+        ("cup", "green"),
+        ("car", "purple"),
+        ("flower", "white"),
+    }
+)
+UNSEEN_PAIRS: frozenset[frozenset[str]] = frozenset(
+    frozenset(pair)
+    for pair in (
+        ("car", "star"),
+        ("ball", "tree"),
+        ("house", "moon"),
+        ("fish", "boat"),
+        ("cup", "key"),
+        ("heart", "flower"),
+        ("ring", "kite"),
+        ("mushroom", "box"),
+        ("car", "fish"),
+        ("star", "cup"),
+        ("boat", "kite"),
+        ("tree", "key"),
+    )
+)
 WORDS: tuple[str, ...] = tuple(sorted({"a", "an", *OBJECTS, *COLOURS, *" ".join([*RELATIONS, *PHRASES]).split()}))
 
 
@@ -233,7 +262,9 @@ def texture(background: str, rng: np.random.Generator) -> tuple[np.ndarray, np.n
             rows = (np.arange(-1, 9) + rng.random()) / 8
             courses = [[(0, y), (1, y)] for y in rows]
             phase = rng.random()
-            joints = [[(x, y), (x, y + 1 / 8)] for i, y in enumerate(rows) for x in (np.arange(4) + i / 2 + phase) / 4 % 1]
+            joints = [
+                [(x, y), (x, y + 1 / 8)] for i, y in enumerate(rows) for x in (np.arange(4) + i / 2 + phase) / 4 % 1
+            ]
             return np.array(courses + joints), np.zeros((1, 2, 2)), 0.014
         case _:
             count, width = {"sand": (70, 0.016), "snow": (40, 0.026), "night": (14, 0.018)}[background]

@@ -1,0 +1,191 @@
+"""The arguments of sample.py."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, get_args
+
+import torch
+
+from ..config import FAMILIES
+from ..flatland import FLATLAND, WORDS
+from ..guidance import NAMED
+from ..methods import APG, OptimizedScale
+from ..schedule import Spacing
+from .region import EXAMPLE, number, region
+
+SAMPLER_NAMES = {  # as Stable Diffusion tools call them
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+}
+DIRECTIONS = {"apg": APG(), "zero": OptimizedScale()}
+NATIVE = "; ".join(
+    f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
+    for c in (*FAMILIES, FLATLAND)
+)
+LARGEST_SIDE = 8192
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not all(side.isascii() and side.isdigit() and 0 < int(side) <= LARGEST_SIDE for side in (width, height)):
+        what = f"{text!r} is no size: give WIDTHxHEIGHT in pixels, such as 512x768, up to {LARGEST_SIDE} each"
+        raise argparse.ArgumentTypeError(what)
+    return int(width), int(height)
+
+
+def add_guidance(parser: Parser) -> None:
+    add = parser.add_argument_group("guidance").add_argument
+    add(
+        "--guidance",
+        choices=NAMED,
+        default="scfg",
+        help="one scale a region, by the authors' program, their paper, their "
+        "mean or the conditional half's foreground; or plain (default: %(default)s)",
+    )
+    add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
+    add(
+        "--region",
+        type=region,
+        action="append",
+        default=[],
+        metavar="AREA:...",
+        help="a scale, or times, or a prompt for a word's area, a mask file's, the foreground or what | & ~ make of "
+        "them, with start, end, feather and base (how much the whole prompt still counts there), prompt last: "
+        f"{EXAMPLE}; a mask is white inside; may be given again",
+    )
+    add(
+        "--direction",
+        choices=DIRECTIONS,
+        help="apg: less of what saturates colours; zero: the unconditional output "
+        "first scaled to fit the conditional one (CFG-Zero* without its first steps of zero)",
+    )
+    add("--pag", type=number(float, 0, 100), metavar="SCALE", help="perturbed-attention guidance as well (usual: 3)")
+    add(
+        "--rescale",
+        type=number(float, 0, 1),
+        metavar="PHI",
+        help="share by which contrast is brought back to the unguided one's (usual: 0.7)",
+    )
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument(
+        "--interval",
+        type=number(float, 0, 1000),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide at noise levels sigma in (LOW, HIGH] only",
+    )
+    when.add_argument(
+        "--ramp", choices=["linear", "cosine"], help="guide from not at all to twice as strongly as time goes by"
+    )
+
+
+def add_model(parser: Parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        help="original Stable Diffusion 1.x, 2.x or SDXL file, .safetensors or .ckpt (default: the embedded model)",
+    )
+    add("--refiner", type=Path, help="an SDXL refiner's file; it takes over from an SDXL checkpoint")
+    add("--refiner-from", type=number(float, 0, 1), help="the share of the timesteps before it does (default: 0.8)")
+    add("--vae", type=Path, help="a file whose VAE is used instead of the checkpoint's")
+    add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
+    add(
+        "--clip-skip",
+        type=number(int, 1, 100),
+        metavar="N",
+        help="take the text towers' N-th last layer (default: 1 for SD 1.x, 2 for others)",
+    )
+    add(
+        "--tokenizer",
+        type=Path,
+        help="transformers folder or bpe_simple_vocab_16e6.txt.gz, for files without a vocabulary",
+    )
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    add("--offload", action="store_true", help="keep the text towers off the device but while they encode")
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the network (default: float32 on the cpu, else float16)",
+    )
+
+
+def add_run(parser: Parser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--sampler", choices=SAMPLER_NAMES, default="dpmpp_2m", help="from noise to picture (default: %(default)s)")
+    add(
+        "--spacing",
+        choices=get_args(Spacing),
+        help="of the noise levels (default: the family's own or, where that is the "
+        "usual, leading for ddim and linspace for others)",
+    )
+    add(
+        "--eta",
+        type=number(float, 0, 1),
+        help="share of fresh noise (default: 0 for ddim, 1 for euler_ancestral and dpmpp_2m_sde)",
+    )
+    add("--steps", type=number(int, 1, 1000), default=30, help="of denoising (default: %(default)s)")
+    add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the family's own)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="of the first picture; the others count on (default: %(default)s)",
+    )
+    add("--count", type=number(int, 1, 10000), default=1, help="pictures to make (default: %(default)s)")
+    add(
+        "--batch",
+        type=number(int, 1, 1000),
+        default=4,
+        help="pictures made at once; they depend on their seeds alone (default: %(default)s)",
+    )
+    add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a run; what cannot be meant ends the program with one line and exit status 2."""
+    parser = Parser(
+        description="A prompt in, a picture and its regions out.",
+        epilog=f"Native to the families: {NATIVE}. The embedded model, Flatland, knows these words: {' '.join(WORDS)}.",
+    )
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        default="a red car left of a blue star on grass",
+        help="what the picture shows (default: %(default)s)",
+    )
+    parser.add_argument("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
+    for add in (add_guidance, add_run, add_model):
+        add(parser)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not any(word.startswith("-") for word in rest):
+        parser.error(f'the prompt is one argument: put it in quotes, "{" ".join([args.prompt, *rest])}"')
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.refiner_from is not None and not args.refiner:
+        parser.error("--refiner-from says when a refiner takes over: give its file with --refiner")
+    if args.interval and args.interval[0] >= args.interval[1]:
+        low, high = args.interval
+        parser.error(
+            f"--interval LOW HIGH: no noise level lies above {low:g} and up to {high:g}; give the lower one first"
+        )
+    try:
+        "".join([args.prompt, args.negative or "", *(option.text for option in args.region)]).encode()
+    except UnicodeEncodeError:
+        parser.error("the prompt is not UTF-8 text: check the terminal's encoding")
+    return args

@@ -1,0 +1,33 @@
+"""How the command ends: one line and exit status 2 for whatever cannot be used."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from ..errors import BadInput
+
+
+@contextmanager
+def reporting_errors(program: str) -> Iterator[None]:
+    """Warnings go above the progress bar; errors become one line and exit status 2, an interrupt exit status 130."""
+    for stream in (sys.stdout, sys.stderr):  # a prompt may hold letters that a terminal lacks
+        stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    try:
+        yield
+    except (BadInput, FloatingPointError, OSError) as error:
+        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        print(f"{program}: not enough memory for this: try a smaller --size or --batch", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        line = "interrupted; pictures named above are whole. To go on, raise --seed by their number."
+        print(f"\n{line}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,103 @@
+"""One denoise step: the method on one screen."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance, Outputs, Row
+from .schedule import Moment, Schedule
+from .segment import Recipe, Regions
+from .text import PlacedPrompt
+from .unet import Capture, Maps
+
+Network = Callable[..., tuple[Tensor, dict[str, Any]]]  # UNet.forward's signature; a wing may wrap it
+ZEROS = "the unconditional context is all zeros: the foreground is the conditional half's"
+
+
+class Evaluated(NamedTuple):
+    """What the network computed for the rows of a step."""
+
+    out: dict[str, Tensor]  # by row, (b c h w)
+    completed: dict[str, list[Tensor]]  # by row, every captured block's completed map (b t h w)
+    maps: dict[str, Maps]  # by block, of all rows one after the other
+    flags: dict[str, Tensor]  # of the conditioning
+
+
+class Denoised(NamedTuple):
+    """Everything that one evaluation computed, for b pictures with latents of h x w."""
+
+    x0: Tensor  # (b c h w) the clean latent expected
+    outputs: Outputs  # what the network said
+    scale: Tensor  # (b 1 h w) the guidance scale at every pixel
+    regions: Regions | None  # of the conditional row, where maps were read
+    maps: dict[str, Maps]  # by block, of the rows uncond and cond one after the other; on request
+    state: Any  # guidance's own, for the next step
+    flags: dict[str, Tensor]  # what people want to be told -> (b) in how many evaluations up to here it was so
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The denoise step of a run: a differentiable function of values."""
+
+    network: Network
+    schedule: Schedule
+    prompt: PlacedPrompt  # or a wing's: whatever has its layout and its condition()
+    guidance: Guidance
+    dtype: torch.dtype = torch.float32  # the network's
+    segment: Recipe | None = None  # finds regions at every step; None: the rule's recipe does, where the rule acts
+    map_divisor: int = 4  # blocks of at most ceil(h/d) * ceil(w/d) pixels tell regions
+    capture: Capture | None = None  # maps that are wanted besides
+
+    def __call__(self, x: Tensor, sigma: float, previous: Denoised | None = None) -> Denoised:
+        """x (b c h w) at noise level sigma, one for all pictures; previous: what the evaluation before came to."""
+        now = self.schedule.moment(sigma)
+        rows = self.guidance.rows(now)
+        recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)
+        out, completed, maps, flags = self.evaluate(x, now, rows, previous, recipe)
+        cond, uncond, perturbed = out["cond"], out.get("uncond"), out.get("perturbed")
+
+        regions, zeros = None, self.prompt.layout.zero_uncond
+        if recipe:
+            regions = recipe.assign(completed["cond"], completed.get("uncond"), self.prompt.layout)
+            if recipe.foreground == "uncond" and uncond is not None and zeros is not None:
+                flags[ZEROS] = zeros
+
+        difference = None if uncond is None else cond - uncond
+        outputs = Outputs(x, cond, uncond, perturbed, difference, now.to_x0(x, cond), now.dx0_dout)
+        guided = self.guidance.combine(outputs, regions, now, previous.state if previous else None)
+
+        counts = dict(previous.flags) if previous else {}
+        for name, where in (flags | guided.flags).items():
+            counts[name] = counts.get(name, 0) + where.long()
+        return Denoised(now.to_x0(x, guided.out), outputs, guided.scale, regions, maps, guided.state, counts)
+
+    def evaluate(
+        self, x: Tensor, now: Moment, rows: Sequence[Row], previous: Denoised | None, recipe: Recipe | None
+    ) -> Evaluated:
+        """What the network computes for the rows; those of one attention function share a call."""
+        scaled, t = (x / math.sqrt(now.sigma**2 + 1)).to(self.dtype), x.new_full((len(x),), now.t)
+        done = Evaluated({}, {}, {}, {})
+        for attend in dict.fromkeys(row.attend for row in rows):
+            some = [row for row in rows if row.attend == attend]
+            conditioning = self.prompt.condition(some, now, previous, x.shape)
+            capture = None if attend else self.wanted(recipe, x.shape)
+            found, captured = self.network(scaled, t, conditioning, capture=capture, attend=attend)
+            done.flags.update(conditioning.flags)
+            if self.capture and not attend:
+                done.maps.update({name: self.capture.make(block) for name, block in captured.items()})
+                captured = {name: recipe.complete(block) for name, block in captured.items()} if recipe else {}
+            for i, row in enumerate(some):
+                done.out[row.name] = found.chunk(len(some))[i].to(x.dtype)
+                done.completed[row.name] = [block.chunk(len(some))[i] for block in captured.values()]
+        return done
+
+    def wanted(self, recipe: Recipe | None, shape: Sequence[int]) -> Capture | None:
+        """What the network captures: maps as they are where they are wanted, else what the recipe makes of them."""
+        pixels = math.ceil(shape[-2] / self.map_divisor) * math.ceil(shape[-1] / self.map_divisor) if recipe else 0
+        if self.capture:
+            return Capture(max(self.capture.pixels, pixels), self.capture.blocks, self.capture.heads)
+        return Capture(pixels, make=recipe.complete) if recipe else None

@@ -1,0 +1,100 @@
+"""Prompts of any length: in chunks of what a text tower reads at once."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch.nn.utils.rnn import pad_sequence
+
+from ..diffusion import Diffusion
+from ..segment import Word
+from ..text import Encoded, Prompt, Text, paired_texts, prompt_of
+from .weights import emphasised, parse_weights
+
+WRAPPED = 20  # fewer tokens after a comma move to the next chunk together
+
+
+class Token(NamedTuple):
+    id: int
+    weight: float
+    word: int  # the number of the word that it is part of
+
+
+class Tokenized(NamedTuple):
+    """A text as the towers read it."""
+
+    chunks: list[list[int]]  # token numbers, each chunk from its start to its end token
+    weights: list[list[float]]  # of a chunk's tokens up to its last word
+    words: tuple[Word, ...]
+
+
+def kept_before_wrap(chunk: Sequence[Token], is_comma: Sequence[bool]) -> int:
+    """How many tokens of a full chunk stay in it: those up to its last comma, if fewer than WRAPPED come after it."""
+    commas = [i + 1 for i, token in enumerate(chunk) if is_comma[token.word]]
+    return commas[-1] if commas and len(chunk) - commas[-1] < WRAPPED else len(chunk)
+
+
+def tokenize(text: Text, prompt: str) -> Tokenized:
+    """A prompt's tokens in chunks, the words among them, and their weights, as in the WebUI.
+
+    See `parse_weights` for brackets. BREAK begins a chunk, and so does a word for which there is no room, with what
+    follows the last comma if that is short.
+    """
+    chunks, names, room = [[]], [], text.length - 2
+    for piece, weight in parse_weights(prompt):
+        for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
+            chunks += [[]] * (i > 0)
+            for name, ids in text.split(part):
+                if len(full := chunks[-1]) + len(ids) > room:
+                    fits = kept_before_wrap(full, [name == "," for name in names])
+                    fits = len(full) if name == "," or len(full) - fits + len(ids) > room else fits
+                    chunks[-1:] = [full[:fits], full[fits:]]
+                chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids[:room]]
+                names.append(name)
+    chunks = chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows a last BREAK
+    places = {}
+    for number, chunk in enumerate(chunks):
+        for i, token in enumerate(chunk):
+            places.setdefault(token.word, []).append(number * text.length + 1 + i)  # token 0 is the start token
+    words = tuple(Word(names[word], at[0], at[-1] + 1) for word, at in places.items())
+    start, end = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    return Tokenized(
+        [[start, *(token.id for token in chunk), end] for chunk in chunks],
+        [[1.0, *(token.weight for token in chunk)] for chunk in chunks],
+        words,
+    )
+
+
+def encode_texts(
+    text: Text, prompts: Sequence[str], device: torch.device, layer_from_end: int | None = None
+) -> Encoded:
+    """Prompts of any length; the pooled text is that of the first chunk."""
+    read = [tokenize(text, prompt) for prompt in prompts]
+    text.warn_of_unknown([word for own in read for word in own.words])
+    counts = [len(own.chunks) for own in read]
+    states, pooled = text.encode([ids for own in read for ids in own.chunks], device, layer_from_end)
+    weights = torch.ones(sum(counts), text.length)
+    for row, own in zip(weights, (own for text in read for own in text.weights)):
+        row[: len(own)] = torch.tensor(own)
+    states = torch.cat([emphasised(of_tower, weights.to(device)) for of_tower in states], -1)
+    whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in states.split(counts)]
+    first = None if pooled is None else torch.stack([own[0] for own in pooled.split(counts)])
+    lengths = tuple(count * text.length for count in counts)
+    return Encoded(pad_sequence(whole, batch_first=True), first, lengths, tuple(own.words for own in read))
+
+
+@torch.no_grad()
+def encode(
+    model: Diffusion,
+    text: str | Sequence[str],
+    negative: str | Sequence[str] | None = None,
+    layer_from_end: int | None = None,
+) -> Prompt:
+    """What Diffusion.prompt does, of texts with weights, BREAK and any length."""
+    texts, negatives = paired_texts(text, negative, model.config)
+    towers = model.towers()
+    cond = encode_texts(towers, texts, model.device, layer_from_end)
+    uncond = cond.zeros if negatives is None else encode_texts(towers, negatives, model.device, layer_from_end)
+    return prompt_of(cond, uncond, towers.length)

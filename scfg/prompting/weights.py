@@ -1,0 +1,48 @@
+"""Weights of words in a prompt."""
+
+import re
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+
+PIECE = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
+
+
+def parse_weights(text: str) -> list[tuple[str, float]]:
+    """Pieces of a text and their weights, by the WebUI's rules.
+
+    (this) counts 1.1 times, (this:1.3) 1.3 times, [this] 1 / 1.1 times; brackets nest, those never closed reach to the
+    end, and a backslash makes one an ordinary letter.
+    """
+    pieces, opened = [], {"(": [], "[": []}
+
+    def close(bracket: str, factor: float) -> None:
+        first = opened[bracket].pop()
+        pieces[first:] = [(piece, weight * factor) for piece, weight in pieces[first:]]
+
+    for found in PIECE.finditer(text):
+        piece = found[0]
+        if piece in opened:
+            opened[piece].append(len(pieces))
+        elif opened["("] and (piece == ")" or found[1]):
+            close("(", float(found[1] or 1.1))
+        elif opened["["] and piece == "]":
+            close("[", 1 / 1.1)
+        else:
+            pieces.append((piece.removeprefix("\\"), 1.0))
+    for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
+        while opened[bracket]:
+            close(bracket, factor)
+    return [("".join(piece for piece, _ in run), weight) for weight, run in groupby(pieces, key=itemgetter(1))]
+
+
+def emphasised(states: Tensor, weights: Tensor) -> Tensor:
+    """States (b t d) times their tokens' weights (b t), brought back to the mean that each text's had.
+
+    Exact where all weights are one.
+    """
+    heavier = states * weights[..., None]
+    heavier = heavier * (states.mean((1, 2), keepdim=True) / heavier.mean((1, 2), keepdim=True))
+    return torch.where((weights == 1).all(1)[:, None, None], states, heavier)

@@ -1,0 +1,114 @@
+"""A prompt of its own by region, in one evaluation of the network: tokens are weighed by where their text counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..guidance import Row
+from ..schedule import Moment
+from ..segment import Tokens
+from ..text import PlacedPrompt, Prompt
+from ..unet import LEAST, Conditioning
+from .area import Area, fitted, parse_area, too_small
+
+
+@dataclass(frozen=True)
+class Part:
+    """An area's own text, from `start` to `end`, shares of the run counted in timesteps."""
+
+    area: Area  # or its description
+    prompt: Prompt  # of one text for all pictures, or of one for each
+    base: float = 0.0  # how much the whole picture's prompt still counts there
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.area, str):
+            object.__setattr__(self, "area", parse_area(self.area))
+
+
+@dataclass(frozen=True)
+class RegionalPrompt:
+    """The whole picture's prompt, and parts with their own. Stands wherever a Prompt does."""
+
+    whole: Prompt
+    parts: tuple[Part, ...]
+
+    @property
+    def words(self) -> tuple:
+        return self.whole.words
+
+    @property
+    def chunk(self) -> int | None:
+        return self.whole.chunk
+
+    @property
+    def pictures(self) -> int:
+        return self.whole.pictures
+
+    @property
+    def needs_regions(self) -> bool:
+        return any(part.area.needs_regions for part in self.parts)
+
+    def place(self, config: Config, device: torch.device, dtype: torch.dtype) -> "PlacedRegionalPrompt":
+        placed = tuple(part.prompt.place(config, device, dtype) for part in self.parts)
+        return PlacedRegionalPrompt(self.whole.place(config, device, dtype), self.parts, placed)
+
+
+@dataclass(frozen=True)
+class PlacedRegionalPrompt:
+    """A regional prompt on the network's device."""
+
+    whole: PlacedPrompt
+    parts: tuple[Part, ...]
+    prompts: tuple[PlacedPrompt, ...]  # of the parts
+
+    @property
+    def layout(self) -> Tokens:
+        return self.whole.layout
+
+    def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
+        """The whole prompt's tokens and those of every part that acts, weighed in the conditional rows by their areas.
+
+        Parts whose area is nearly nowhere, or that of a word before the first segmentation, do not act.
+        """
+        whole = self.whole.condition(rows, moment, previous, shape)
+        areas, flags = self.areas(moment, previous, shape)
+        if not areas:
+            return whole._replace(flags=flags)
+
+        def weighed(own: Conditioning, in_cond: Tensor, in_uncond: Tensor) -> Tensor:
+            shares = torch.cat([in_cond if row.text == "cond" else in_uncond for row in rows])
+            counts = own.tokens.new_ones(*own.tokens.shape[:2], 1, 1) if own.weight is None else own.weight
+            return shares * counts.float()
+
+        everywhere = torch.ones(shape[0], 1, *shape[-2:], device=whole.tokens.device)
+        base = everywhere
+        for i, area in areas.items():
+            base = base * (1 - area * (1 - self.parts[i].base))
+        tokens, weights = [whole.tokens], [weighed(whole, base.clamp_min(LEAST), everywhere)]
+        for i, area in areas.items():
+            own = self.prompts[i].condition([row._replace(text="cond") for row in rows], moment, previous, shape)
+            tokens.append(own.tokens)
+            weights.append(weighed(own, area.clamp_min(LEAST), 0 * area))
+        return whole._replace(tokens=torch.cat(tokens, 1), weight=torch.cat(weights, 1), flags=flags)
+
+    def areas(self, moment: Moment, previous: Any, shape: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """The areas (b 1 h w) of the parts that act, and in which pictures (b) one is nearly nowhere."""
+        known, device = previous.regions if previous else None, self.whole.tokens["cond"].device
+        areas, flags = {}, {}
+        for i, part in enumerate(self.parts):
+            words = part.area.needs_regions
+            if not part.start <= moment.progress <= part.end or (words and not known):
+                continue
+            area = fitted(part.area, known if words else None, shape[0], tuple(shape[-2:])).float()
+            small = too_small(area)
+            flag = f"{part.area.label} is nowhere, or nearly: nothing of its own there"
+            flags[flag] = small.flatten().expand(shape[0]).to(device)
+            if words or not small.all():  # a mask's values are on the host, a word's are not
+                areas[i] = torch.where(small, 0, area).expand(shape[0], 1, *shape[-2:]).to(device)
+        return areas, flags

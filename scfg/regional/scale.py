@@ -1,0 +1,69 @@
+"""A guidance scale of its own by region."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..guidance import Outputs, Rule
+from ..schedule import Moment
+from ..segment import OFFICIAL, Recipe, Regions
+from .area import Area, fitted, parse_area, too_small
+
+
+@dataclass(frozen=True, repr=False)
+class Region:
+    """An area and its guidance, from `start` to `end`, shares of the run counted in timesteps."""
+
+    area: Area  # or its description
+    scale: float | None = None  # in place of the scale that it would have,
+    times: float = 1.0  # which is then multiplied
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.area, str):
+            object.__setattr__(self, "area", parse_area(self.area))
+
+    def acts(self, moment: Moment) -> bool:
+        return self.start <= moment.progress <= self.end
+
+    def __repr__(self) -> str:
+        facts = ("scale", self.scale, None), ("times", self.times, 1), ("from", self.start, 0), ("to", self.end, 1)
+        given = ", ".join(f"{name} {value:g}" for name, value, default in facts if value != default)
+        return f"{self.area}: {given or 'nothing'}"
+
+
+@dataclass(frozen=True)
+class ByRegion:
+    """Another rule, whose scale is replaced or multiplied in regions, one after the other.
+
+    An area smaller than 1/256 of the picture leaves the scale as it is, and is told.
+    """
+
+    base: Rule
+    regions: tuple[Region, ...]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        needed = any(region.area.needs_regions for region in self.regions)
+        return getattr(self.base, "recipe", None) or (OFFICIAL if needed else None)
+
+    def __call__(self, outputs: Outputs, regions: Regions | None, moment: Moment) -> Tensor:
+        like = outputs.difference[:, :1]
+        scale = self.base(outputs, regions, moment) * torch.ones_like(like)
+        for region in self.regions:
+            if region.acts(moment):
+                inside = fitted(region.area, regions, len(like), like.shape[-2:]).to(scale)
+                wanted = (scale if region.scale is None else torch.full_like(scale, region.scale)) * region.times
+                scale = torch.lerp(scale, wanted, torch.where(too_small(inside), 0, inside).expand_as(scale))
+        return scale
+
+    def flags(self, regions: Regions | None, moment: Moment) -> dict[str, Tensor]:
+        """In which pictures (b|1) an area is too small, beside the other rule's flags."""
+        found = self.base.flags(regions, moment) if hasattr(self.base, "flags") else {}
+        for region in self.regions:
+            if region.acts(moment):
+                nowhere = f"{region.area.label} is nowhere, or nearly: nothing of its own there"
+                found = found | {nowhere: too_small(region.area.of(regions)).flatten()}
+        return found

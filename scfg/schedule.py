@@ -1,0 +1,93 @@
+"""Noise levels: sigma <-> timestep, spacings, progress, and what a network's output says about the clean latent.
+
+x = x0 + sigma * noise; the network sees x / sqrt(sigma^2 + 1).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from torch import Tensor
+
+from .errors import BadInput
+
+Spacing = Literal["leading", "linspace", "trailing", "karras"]
+Prediction = Literal["eps", "v"]
+
+
+class Moment(NamedTuple):
+    """A noise level and what follows from it: numbers on the host."""
+
+    sigma: float
+    t: float  # the timestep, 0 to 999
+    progress: float  # 0 at pure noise, 1 at none, linear in timesteps
+    dx0_dx: float  # the clean latent is dx0_dx * x + dx0_dout * out
+    dx0_dout: float
+
+    def to_x0(self, x: Tensor, out: Tensor) -> Tensor:
+        """The clean latent that the network's output stands for, both (b c h w)."""
+        return self.dx0_dx * x + self.dx0_dout * out
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of training, betas linear in their square roots, and what the network was trained to predict."""
+
+    prediction: Prediction = "eps"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    timesteps: int = 1000
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """sigma(t) = sqrt((1 - a) / a), a the cumulative product of 1 - beta; (timesteps,), float64, rising."""
+        betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps) ** 2
+        a = np.cumprod(1 - betas)
+        return np.sqrt((1 - a) / a)
+
+    def time(self, sigma: float) -> float:
+        """The timestep of a sigma: linear in log sigma between entries of the table, exact on them."""
+        if sigma <= self.sigmas[0]:
+            return 0.0
+        return float(np.interp(np.log(sigma), np.log(self.sigmas), np.arange(self.timesteps)))
+
+    def moment(self, sigma: float) -> Moment:
+        """What follows from a noise level, one for the whole batch; raises BadInput where it cannot be one."""
+        if getattr(sigma, "ndim", 0) or not 0 <= float(sigma) < math.inf:
+            raise BadInput(f"sigma is one number from 0 up for the whole batch, not {sigma}")
+        sigma = float(sigma)
+        t = self.time(sigma)
+        progress = 1 - t / (self.timesteps - 1)
+        if self.prediction == "eps":
+            return Moment(sigma, t, progress, 1.0, -sigma)
+        return Moment(
+            sigma, t, progress, 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
+        )  # v: 2202.00512, appendix D
+
+    def spaced(
+        self, spacing: Spacing, steps: int, rounded: bool = False, drop_lowest: bool = False, to_zero: bool = True
+    ) -> list[float]:
+        """The `steps + 1` sigmas of a run, falling; the last is where it ends.
+
+        linspace: timesteps are rounded or not, and with drop_lowest one point more is spread and the lowest left out.
+        leading: the run ends at 0 or at sigma(0).
+        """
+        if not 1 <= steps <= self.timesteps:
+            raise BadInput(f"steps are 1 to {self.timesteps}, as many as the training's, not {steps}")
+        if spacing == "karras":  # Karras et al. 2022 (2206.00364), eq. 5 with rho = 7
+            ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
+            return [*(ramp**7).tolist(), 0.0]
+        if spacing == "leading":  # the offset of one has no room where every timestep is a step
+            t = (np.arange(steps) * (self.timesteps // steps) + (steps < self.timesteps))[::-1]
+            return [*self.sigmas[t].tolist(), 0.0 if to_zero else float(self.sigmas[0])]
+        if spacing == "linspace":
+            drop = int(drop_lowest and steps < self.timesteps)
+            t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]
+            t = t.round() if rounded else t
+        elif spacing == "trailing":
+            t = (self.timesteps - np.arange(steps) * self.timesteps / steps).round() - 1
+        else:
+            raise BadInput(f"spacing is one of {', '.join(get_args(Spacing))}, not {spacing!r}")
+        return [*np.exp(np.interp(t, np.arange(self.timesteps), np.log(self.sigmas))).tolist(), 0.0]
