@@ -15,7 +15,8 @@ __all__ += ["Maps", "Moment", "OFFICIAL", "Outputs", "PAPER", "Prompt", "Recipe"
 __all__ += ["Schedule", "Site", "Step", "Tokens", "Word", "attention", "load", "run", "segment_maps"]
 
 # wings
-from . import edit as edit, prompting as prompting  # noqa: E402
+from . import edit as edit  # noqa: E402
+from . import prompting as prompting  # noqa: E402
 from .methods import *  # noqa: E402, F403
 from .regional import *  # noqa: E402, F403
 

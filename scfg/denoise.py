@@ -22,9 +22,9 @@ class Evaluated(NamedTuple):
     """What the network computed for the rows of a step."""
 
     out: dict[str, Tensor]  # by row, (b c h w)
-    completed: dict[str, list[Tensor]]  # by row, every captured block's completed map (b t h w)
-    maps: dict[str, Maps]  # by block, of all rows one after the other
-    flags: dict[str, Tensor]  # of the conditioning
+    completed: dict[str, list[Tensor]]  # by row, the completed maps (b t h w) of the blocks that regions are read from
+    maps: dict[str, Maps]  # by block, of the rows with the default attention, one after the other
+    flags: dict[str, Tensor]  # of the conditioning: message -> (b)
 
 
 class Denoised(NamedTuple):
@@ -34,9 +34,9 @@ class Denoised(NamedTuple):
     outputs: Outputs  # what the network said
     scale: Tensor  # (b 1 h w) the guidance scale at every pixel
     regions: Regions | None  # of the conditional row, where maps were read
-    maps: dict[str, Maps]  # by block, of the rows uncond and cond one after the other; on request
-    state: Any  # guidance's own, for the next step
-    flags: dict[str, Tensor]  # what people want to be told -> (b) in how many evaluations up to here it was so
+    maps: dict[str, Maps]  # by block, of the rows uncond and cond one after the other; where Denoiser.capture is set
+    state: Any  # guidance's own, for the next evaluation
+    flags: dict[str, Tensor]  # messages for the user -> (b|1) in how many evaluations so far each was true
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Denoiser:
     prompt: PlacedPrompt  # or a wing's: whatever has its layout and its condition()
     guidance: Guidance
     dtype: torch.dtype = torch.float32  # the network's
-    segment: Recipe | None = None  # finds regions at every step; None: the rule's recipe does, where the rule acts
-    map_divisor: int = 4  # blocks of at most ceil(h/d) * ceil(w/d) pixels tell regions
-    capture: Capture | None = None  # maps that are wanted besides
+    segment: Recipe | None = None  # reads regions at every step; None: the rule's recipe does, on guided steps
+    map_divisor: int = 4  # regions are read from blocks of at most ceil(h/d) * ceil(w/d) pixels
+    capture: Capture | None = None  # extra maps to return
 
     def __call__(self, x: Tensor, sigma: float, previous: Denoised | None = None) -> Denoised:
-        """x (b c h w) at noise level sigma, one for all pictures; previous: what the evaluation before came to."""
+        """x (b c h w) at noise level sigma, one for all pictures; previous: the previous evaluation's result."""
         now = self.schedule.moment(sigma)
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)
@@ -80,24 +80,25 @@ class Denoiser:
     ) -> Evaluated:
         """What the network computes for the rows; those of one attention function share a call."""
         scaled, t = (x / math.sqrt(now.sigma**2 + 1)).to(self.dtype), x.new_full((len(x),), now.t)
-        done = Evaluated({}, {}, {}, {})
+        pixels = math.prod(math.ceil(side / self.map_divisor) for side in x.shape[-2:]) if recipe else 0
+        out, completed, maps, flags = {}, {}, {}, {}
         for attend in dict.fromkeys(row.attend for row in rows):
-            some = [row for row in rows if row.attend == attend]
-            conditioning = self.prompt.condition(some, now, previous, x.shape)
-            capture = None if attend else self.wanted(recipe, x.shape)
-            found, captured = self.network(scaled, t, conditioning, capture=capture, attend=attend)
-            done.flags.update(conditioning.flags)
+            group = [row for row in rows if row.attend == attend]
+            conditioning = self.prompt.condition(group, now, previous, x.shape)
+            capture = None if attend else self.wanted(recipe, pixels)
+            output, captured = self.network(scaled, t, conditioning, capture=capture, attend=attend)
+            flags |= conditioning.flags
             if self.capture and not attend:
-                done.maps.update({name: self.capture.make(block) for name, block in captured.items()})
-                captured = {name: recipe.complete(block) for name, block in captured.items()} if recipe else {}
-            for i, row in enumerate(some):
-                done.out[row.name] = found.chunk(len(some))[i].to(x.dtype)
-                done.completed[row.name] = [block.chunk(len(some))[i] for block in captured.values()]
-        return done
+                maps = {name: self.capture.make(block) for name, block in captured.items()}
+                small = {name: block for name, block in captured.items() if math.prod(block.size) <= pixels}
+                captured = {name: recipe.complete(block) for name, block in small.items()}
+            for i, row in enumerate(group):
+                out[row.name] = output.chunk(len(group))[i].to(x.dtype)
+                completed[row.name] = [block.chunk(len(group))[i] for block in captured.values()]
+        return Evaluated(out, completed, maps, flags)
 
-    def wanted(self, recipe: Recipe | None, shape: Sequence[int]) -> Capture | None:
-        """What the network captures: maps as they are where they are wanted, else what the recipe makes of them."""
-        pixels = math.ceil(shape[-2] / self.map_divisor) * math.ceil(shape[-1] / self.map_divisor) if recipe else 0
+    def wanted(self, recipe: Recipe | None, pixels: int) -> Capture | None:
+        """What the network captures: raw maps if the caller asked for maps, else the recipe's completed maps."""
         if self.capture:
             return Capture(max(self.capture.pixels, pixels), self.capture.blocks, self.capture.heads)
         return Capture(pixels, make=recipe.complete) if recipe else None

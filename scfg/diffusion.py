@@ -1,7 +1,6 @@
 """A loaded model: prompt, denoise, sample, encode, decode; and the loop over a sampler's steps."""
 
 import math
-import re
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,13 @@ from .config import SD2_BASE, SD2_V, Config
 from .denoise import Denoised, Denoiser
 from .errors import BadInput
 from .guidance import Guidance, Rule, named_rule
-from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler
+from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
 from .segment import OFFICIAL, Recipe
 from .text import Prompt, Text, Texts, paired_texts, prompt_of
 from .unet import Capture, Conditioning, UNet
 from .vae import VAE
 
-File = str | Path
 WHOLE = 128 * 128  # latent pixels that are decoded at once
 
 
@@ -36,7 +34,7 @@ class Step(NamedTuple):
     sigma: float  # the noise level it started from
     next_sigma: float
     x: Tensor  # (b c h w) after the step: x0 + next_sigma * noise; what is sent back takes its place
-    latent: Tensor  # (b c h w) the same, variance preserving: what decode takes
+    latent: Tensor  # (b c h w) x / sqrt(next_sigma^2 + 1): what decode takes
     denoised: Denoised  # what was computed at its start
 
 
@@ -45,30 +43,28 @@ def run(
 ) -> Generator[Step, Tensor | None, None]:
     """The loop: one Step at a time from x = x0 + sigmas[0] * noise down to sigmas[-1].
 
-    A caller who sends a tensor back, `steps.send(x)`, has it take the place of step.x. Raises FloatingPointError that
-    names a step whose x is not finite, after the next one at the latest, so that no step waits for the device.
+    `steps.send(x)` replaces step.x. Raises FloatingPointError where the latent after a step is not finite; this is
+    checked one step late, so that no step waits for the device.
     """
     sigmas = [float(sigma) for sigma in sigmas]
     if len(sigmas) < 2 or any(not a > b for a, b in pairwise(sigmas)) or not 0 <= sigmas[-1] < sigmas[0] < math.inf:
-        raise BadInput("sigmas fall from step to step and end at 0 or above; give at least two")
-    if isinstance(sampler, str) and sampler not in SAMPLERS:
-        raise BadInput(f"no sampler {sampler!r}: there is {', '.join(SAMPLERS)}")
-    return loop(denoise, SAMPLERS[sampler] if isinstance(sampler, str) else sampler, x, sigmas, noise)
+        raise BadInput("sigmas must be finite, strictly decreasing and at least 0; give two or more")
+    chosen = SAMPLERS.get(sampler, sampler)
+    if not callable(chosen):
+        raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}")
+    return loop(chosen(denoise, x, sigmas, noise), sigmas)
 
 
-def loop(
-    denoise: Denoise, sampler: Sampler, x: Tensor, sigmas: list[float], noise: Noise
-) -> Generator[Step, Tensor | None, None]:
-    steps, count, sent, finite = sampler(denoise, x, sigmas, noise), len(sigmas) - 1, None, []
+def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None, None]:
+    count, sent, finite = len(sigmas) - 1, None, []
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         with torch.no_grad():  # never across a yield: it would leak into the caller's loop
             x, denoised = steps.send(sent)
             finite.append(x.isfinite().all())
-        for k in range(max(i - 1, 0), i + (i == count - 1)):  # the step before, and the last one itself
+        for k in [i - 1] * (i > 0) + [i] * (i == count - 1):  # the step before, and the last one itself
             if not finite[k]:
-                raise FloatingPointError(
-                    f"step {k + 1} of {count} is not finite: try --dtype float32, lower prompt weights, another file"
-                )
+                what = f"the latent is not finite after step {k + 1} of {count}"
+                raise FloatingPointError(f"{what}: try float32, lower prompt weights or another file")
         sent = yield Step(i, count, sigma, target, x, x / math.sqrt(target**2 + 1), denoised)
         if sent is not None and sent.shape != x.shape:
             raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {tuple(sent.shape)}")
@@ -79,7 +75,7 @@ class Diffusion:
     config: Config
     unet: UNet
     vae: VAE
-    text: Text | None  # where it is not on the device, its towers visit it one by one
+    text: Text | None  # may stay on the CPU: its towers are then copied to the device one by one to encode
 
     @property
     def device(self) -> torch.device:
@@ -99,14 +95,15 @@ class Diffusion:
         texts, negatives = paired_texts(text, negative, self.config)
         towers = self.towers()
         cond = towers.encode_texts(texts, self.device, layer_from_end)
-        uncond = cond.zeros if negatives is None else towers.encode_texts(negatives, self.device, layer_from_end)
+        uncond = None if negatives is None else towers.encode_texts(negatives, self.device, layer_from_end)
         return prompt_of(cond, uncond, towers.length)
 
     def towers(self) -> Text:
         """The text towers; raises BadInput where the checkpoint has none."""
         if self.text is None:
-            what = f"this {self.config.name} checkpoint has no text tower"
-            raise BadInput(f"{what}: use one that has, or Prompt(context=...) in Python")
+            raise BadInput(
+                f"this {self.config.name} checkpoint has no text tower: use one that has, or Prompt(context=...)"
+            )
         return self.text
 
     def denoiser(
@@ -118,21 +115,18 @@ class Diffusion:
     ) -> Denoiser:
         """The method itself, (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
-        prompt: encoded, or texts as they are; of one picture it serves any number. guidance: by default S-CFG at the
-        family's scale. segment: find regions by this recipe at every step, also where guidance reads none. capture:
-        maps that are wanted in Denoised.maps.
+        prompt: encoded, or texts as they are; that of one picture serves any batch. guidance: by default S-CFG at the
+        family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
+        to return in Denoised.maps.
         """
         prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
-        if guidance is None:
-            guidance = named_rule("scfg", self.config.scale, self.config)
+        guidance = named_rule("scfg", self.config.scale, self.config) if guidance is None else guidance
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
         for layer in layers:
             if not any(f"{name}.".startswith(f"{layer}.") for name in names):
-                blocks = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.transformer_blocks.*", "", name) for name in names))
-                raise BadInput(f"no transformer block is in {layer!r}: there are some in {blocks}")
-        if not (segment or guidance.recipe) and prompt.needs_regions:
-            segment = OFFICIAL
+                raise BadInput(f"no transformer block is in {layer!r}: UNet.transformer_names() lists where they are")
+        segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
         placed = prompt.place(self.config, self.device, self.dtype)
         config = self.config
         return Denoiser(self.unet, config.schedule, placed, guidance, self.dtype, segment, config.map_divisor, capture)
@@ -142,7 +136,8 @@ class Diffusion:
         return self.config.spacing or ("leading" if sampler == "ddim" else "linspace")
 
     def sigmas(self, steps: int, sampler: str | Sampler = "dpmpp_2m", spacing: Spacing | None = None) -> list[float]:
-        """The steps + 1 noise levels of a run, in the habit of its sampler; spacing: in place of the native one."""
+        """The steps + 1 noise levels of a run, as is usual for the sampler; spacing: in place of the native one."""
+        sampler = getattr(sampler, "__name__", sampler)
         multistep, ddim = sampler in MULTISTEP, sampler == "ddim"
         levels = self.config.schedule.spaced(
             spacing or self.spacing(sampler), steps, rounded=multistep or ddim, drop_lowest=multistep, to_zero=not ddim
@@ -184,8 +179,8 @@ class Diffusion:
         batch = prompt.pictures if latent is None else len(latent)
         seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
         if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
-            what = "prompts" if latent is None else "latents"
-            raise BadInput(f"{batch} {what} for {len(seeds)} pictures: give one for each")
+            given = "prompts" if latent is None else "latents"
+            raise BadInput(f"{batch} {given} for {len(seeds)} pictures: give one for each")
         if latent is not None:
             size = tuple(side * self.config.vae.factor for side in (latent.shape[-1], latent.shape[-2]))
         elif self.config.aesthetic_scores:
@@ -193,9 +188,11 @@ class Diffusion:
             warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
         sigmas = self.sigmas(steps, sampler, None) if sigmas is None else list(sigmas)
         noise = self.noise(seeds, size or self.config.size)
-        first = noise()  # also where it is not used: later noise is never what a latent was made of
+        first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
-        return run(self.denoiser(prompt, guidance), sampler, start * math.sqrt(sigmas[0] ** 2 + 1), sigmas, noise)
+        return run(
+            self.denoiser(prompt, guidance), sampler, start * math.sqrt(max(sigmas, default=0) ** 2 + 1), sigmas, noise
+        )
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
@@ -205,15 +202,14 @@ class Diffusion:
         for side in size:
             if side < factor or side % factor:
                 below = max(side // factor, 1) * factor
-                nearest = f"nearest sizes are {below} and {below + factor}"
-                raise BadInput(f"{side} pixels are no multiple of {factor}: {nearest}")
+                raise BadInput(f"{side} pixels are no multiple of {factor}: nearest are {below} and {below + factor}")
         return self.config.vae.latent_channels, size[1] // factor, size[0] // factor
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (b c h w) -> pictures (b 3 H W) in [0, 1].
 
-        One by one beyond WHOLE latent pixels, larger ones in bands, which takes less memory.
+        As many at once as fit into WHOLE latent pixels; larger ones in bands, which takes less memory.
         """
         dtype = self.vae.quant_conv.weight.dtype
         latent, pixels = (latent / self.config.latent_scale).to(self.device, dtype), math.prod(latent.shape[-2:])
@@ -239,7 +235,7 @@ class Diffusion:
 
 
 def embedded_checkpoint() -> Path:
-    """Beside the code when installed, beside the package in a source tree."""
+    """In the package when installed, beside it in a source tree."""
     inside, beside = (folder / "weights" / "flatland.safetensors" for folder in Path(__file__).parents[:2])
     return inside if inside.exists() else beside
 
@@ -251,27 +247,27 @@ def seems_to_predict(unet: UNet) -> Prediction:
     Where there is nothing but noise, eps is the input itself, and v is minus an expected picture, which knows nothing
     of the input.
     """
-    x = torch.randn(1, unet.config.in_channels, 32, 32, generator=torch.Generator().manual_seed(0))
-    x = x.to(unet.out[2].weight)
+    fixed, channels = torch.Generator().manual_seed(0), unet.config.in_channels
+    x = torch.randn(1, channels, 32, 32, generator=fixed).to(unet.out[2].weight)
     out, _ = unet(x, x.new_full((1,), 999), Conditioning(x.new_zeros(1, 77, unet.config.context_dim)))
     return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
 
 
 def load(
-    path: File | None = None,
+    path: str | Path | None = None,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     prediction: Prediction | None = None,
-    vae: File | None = None,
-    tokenizer: File | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     offload: bool = False,
 ) -> Diffusion:
     """Load a checkpoint, by default the embedded one. Raises BadInput with one line that says what is wrong.
 
     dtype: float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the family usually
     predicts. vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or
-    bpe_simple_vocab_16e6.txt.gz. offload: keep the text towers off the device but while they encode.
+    bpe_simple_vocab_16e6.txt.gz. offload: keep the text towers off the device except while encoding.
     """
     try:
         torch.zeros(1, device=device).item()  # also refuses devices that hold no numbers
@@ -294,7 +290,7 @@ def load(
 
 
 def predicted_by_sd2(unet: UNet, config: Config, asked: Prediction | None) -> tuple[Prediction, Config]:
-    """What an SD 2.x network predicts, asked for or by its answer to noise, and the config of those that predict it."""
+    """What an SD 2.x network predicts, as asked for or by its answer to noise, and the config that goes with it."""
     found = seems_to_predict(unet)
     unsaid = "an SD 2.x file does not say what it predicts"
     what = f"{unsaid}: taken as {found}, by its answer to pure noise; --prediction says otherwise"

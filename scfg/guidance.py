@@ -17,15 +17,15 @@ from .unet import Attend
 
 
 class Outputs(NamedTuple):
-    """What the network said, and what it means."""
+    """The network's outputs, and what follows from them."""
 
     x: Tensor  # (b c h w) the noisy latent
     cond: Tensor  # (b c h w) the conditional row's output
     uncond: Tensor | None  # (b c h w); None where this step is not guided
     perturbed: Tensor | None  # (b c h w) the output under the perturb slot's attention, where there is one
-    difference: Tensor | None  # (b c h w) cond - uncond, or what the direction slot makes of it
+    difference: Tensor | None  # (b c h w) cond - uncond; for rules, what the direction slot makes of it
     x0: Tensor  # (b c h w) the clean latent that cond stands for
-    dx0_dout: float  # by which x0 grows with an output
+    dx0_dout: float  # d x0 / d output, a number
 
 
 class Row(NamedTuple):
@@ -42,12 +42,12 @@ UNCOND, COND = Row("uncond", "uncond"), Row("cond", "cond")
 class Guided(NamedTuple):
     out: Tensor  # (b c h w) the guided prediction
     scale: Tensor  # (b 1 h w) the scale that acted at every pixel
-    state: Any  # what the next step's direction is given
-    flags: Mapping[str, Tensor]  # what people want to be told: where it is so, (b) each
+    state: Any  # for the next evaluation's direction
+    flags: Mapping[str, Tensor]  # messages for the user -> (b|1) the pictures that they are true of
 
 
-# A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Two attributes are optional: `recipe`, how it
-# wants maps to be read (without it regions are None), and `flags(regions, moment) -> {sentence: (b) bool}`.
+# A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Two attributes are optional: `recipe`, by which
+# its regions are read (without it they are None), and `flags(regions, moment) -> {message: (b|1) bool}`.
 Rule = Callable[[Outputs, Regions | None, Moment], Tensor | float]
 
 
@@ -72,8 +72,8 @@ class SCFG:
     gamma: float
     recipe: Recipe = OFFICIAL
     benchmark: Literal["foreground", "image"] = "foreground"  # whose mean difference every region is brought to
-    rate_range: tuple[float, float] | None = (0.8, 3.0)  # of the rate, before
-    max_scale: float | None = 15.0  # that of gamma * rate
+    rate_range: tuple[float, float] | None = (0.8, 3.0)  # clamps the rate
+    max_scale: float | None = 15.0  # then caps gamma * rate
     smooth: bool = True  # blur the rate at latent size
     min_contrast: float = 0.0  # pictures whose Regions.contrast is below it are guided by plain CFG
 
@@ -90,7 +90,7 @@ class SCFG:
         return cls(gamma, benchmark="image")
 
     def __call__(self, outputs: Outputs, regions: Regions, moment: Moment) -> Tensor:
-        """Scale map (b 1 h w): gamma * U / D_i in region i (eq. 13)."""
+        """Scale map (b 1 h w): gamma * U / D_i in region i (eq. 13), clamped, capped and blurred as the fields say."""
         size = outputs.difference.shape[-2:]
         norm = outputs.difference.norm(dim=1, keepdim=True)
         tokens = F.interpolate(regions.tokens, size=size, mode="nearest")
@@ -101,7 +101,7 @@ class SCFG:
         rate = (rates * tokens).sum(1, keepdim=True)
         if self.rate_range:
             rate = rate.clamp(*self.rate_range)
-        else:  # without a lower limit nothing to compare with would switch guidance off
+        else:  # an empty foreground gives level 0 and would give scale 0: it is plain CFG instead
             rate = torch.where(level > 0, rate, 1)
         if self.max_scale and self.gamma > 0:
             rate = rate.clamp_max(self.max_scale / self.gamma)
@@ -111,7 +111,7 @@ class SCFG:
         return self.gamma * rate
 
     def flags(self, regions: Regions, moment: Moment) -> dict[str, Tensor]:
-        """In which pictures (b) something else acted than was asked for."""
+        """By reason, the pictures (b) that fell back to something else."""
         flags, clear = {}, True
         if self.min_contrast:
             clear = regions.contrast().flatten() >= self.min_contrast
@@ -127,12 +127,12 @@ def masked_mean(values: Tensor, masks: Tensor) -> Tensor:
     return (values * masks).sum((-2, -1), keepdim=True) / (masks.sum((-2, -1), keepdim=True) + 1e-8)
 
 
-NAMED = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "scfg-cond": SCFG.conditional, "cfg": CFG}
+RULES = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "scfg-cond": SCFG.conditional, "cfg": CFG}
 
 
 def named_rule(name: str, scale: float, config: Config) -> CFG | SCFG:
     """A rule by its name, with the fallback for flat attention that the config asks for."""
-    rule = NAMED[name](scale)
+    rule = RULES[name](scale)
     if isinstance(rule, SCFG):
         official, paper = config.min_contrast
         rule = replace(rule, min_contrast=paper if rule.recipe == PAPER else official)
@@ -140,7 +140,7 @@ def named_rule(name: str, scale: float, config: Config) -> CFG | SCFG:
 
 
 class Perturb(Protocol):
-    """One row more: the conditional text under another attention function, away from which is guided."""
+    """An extra row: the conditional text under another attention function; guidance pushes away from it."""
 
     scale: float
     layers: tuple[str, ...]  # where it acts: names of transformer blocks or of what they are in, "middle_block"
@@ -150,7 +150,7 @@ class Perturb(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Named slots; everything acts on the network's outputs, in the order that str() shows.
+    """Named slots that act on the network's outputs.
 
     With d the difference, guided = cond + strength * ((scale - 1) * d + perturb.scale * (cond - perturbed)), rescaled.
     direction(outputs, moment, state) -> (d, state) takes the place of cond - uncond; scale is a rule, which is given d;
@@ -164,13 +164,14 @@ class Guidance:
     when: Callable[[Moment], float] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, Real):
-            plain, by_region = f"CFG({self.scale:g}) guides plainly", f"SCFG({self.scale:g}) by region"
-            raise BadInput(f"a scale of {self.scale:g} needs a rule: {plain}, {by_region}")
         for name in ("scale", "direction", "rescale", "when"):
             slot = getattr(self, name)
             if not callable(slot) and (slot is not None or name == "scale"):
-                raise BadInput(f"the {name} of a Guidance is called at every step, which {slot!r} cannot be")
+                raise BadInput(f"Guidance.{name} must be callable, such as CFG(7.5) as scale, not {slot!r}")
+        if self.perturb is not None and not hasattr(self.perturb, "attend"):
+            raise BadInput(
+                f"Guidance.perturb must have scale, layers and attend, such as PAG(3.0), not {self.perturb!r}"
+            )
 
     @property
     def recipe(self) -> Recipe | None:
@@ -190,7 +191,7 @@ class Guidance:
         """The network's outputs -> the guided one; state is what the step before left."""
         cond, one, strength = outputs.cond, torch.ones_like(outputs.cond[:, :1]), self.strength(moment)
         if not strength:
-            return Guided(cond, one, None, {})  # a direction remembers an unbroken run of guided steps
+            return Guided(cond, one, None, {})  # the direction's state restarts after an unguided step
         if self.direction:
             difference, state = self.direction(outputs, moment, state)
             outputs = outputs._replace(difference=difference)
@@ -204,7 +205,7 @@ class Guidance:
         return Guided(guided, scale, state, flags)
 
     def __str__(self) -> str:
-        """What acts, in its order, and the rows of a step."""
+        """The slots that are filled, and the rows of a step."""
         slots = ("direction", "scale", "perturb", "rescale", "when")
         acting = [f"{name}: {getattr(self, name)}" for name in slots if getattr(self, name)]
         rows = ("uncond", "cond") + ("perturbed",) * bool(self.perturb)
@@ -213,7 +214,7 @@ class Guidance:
 
 
 def checked(scale: Tensor | float, one: Tensor) -> Tensor | float:
-    """A rule's scale, if it is a number or a map that fits `one` (b 1 h w)."""
+    """Return a rule's scale; raise BadInput unless it is a number or a map that fits `one` (b 1 h w)."""
     is_map = isinstance(scale, Tensor) and scale.ndim in (0, 4)
     if isinstance(scale, Real) or (is_map and all(n in (1, m) for n, m in zip(scale.shape, one.shape))):
         return scale

@@ -99,7 +99,6 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
         x = changed(x, sent)
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {
-    sampler.__name__: sampler for sampler in (ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)
-}
+ALL = (ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)
+SAMPLERS: dict[str, Callable[..., Steps]] = {sampler.__name__: sampler for sampler in ALL}
 MULTISTEP = {"dpmpp_2m", "dpmpp_2m_sde", "unipc"}  # of linspace noise levels they leave the lowest out

@@ -49,8 +49,7 @@ class Schedule:
 
     def time(self, sigma: float) -> float:
         """The timestep of a sigma: linear in log sigma between entries of the table, exact on them."""
-        if sigma <= self.sigmas[0]:
-            return 0.0
+        sigma = max(sigma, self.sigmas[0])  # there is none below 0
         return float(np.interp(np.log(sigma), np.log(self.sigmas), np.arange(self.timesteps)))
 
     def moment(self, sigma: float) -> Moment:
@@ -58,13 +57,9 @@ class Schedule:
         if getattr(sigma, "ndim", 0) or not 0 <= float(sigma) < math.inf:
             raise BadInput(f"sigma is one number from 0 up for the whole batch, not {sigma}")
         sigma = float(sigma)
-        t = self.time(sigma)
-        progress = 1 - t / (self.timesteps - 1)
-        if self.prediction == "eps":
-            return Moment(sigma, t, progress, 1.0, -sigma)
-        return Moment(
-            sigma, t, progress, 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5
-        )  # v: 2202.00512, appendix D
+        t, a = self.time(sigma), 1 / (sigma**2 + 1)
+        dx0_dx, dx0_dout = (1.0, -sigma) if self.prediction == "eps" else (a, -sigma * a**0.5)  # v: 2202.00512, app. D
+        return Moment(sigma, t, 1 - t / (self.timesteps - 1), dx0_dx, dx0_dout)
 
     def spaced(
         self, spacing: Spacing, steps: int, rounded: bool = False, drop_lowest: bool = False, to_zero: bool = True

@@ -1,4 +1,4 @@
-"""Attention maps -> regions of the forming picture (S-CFG, arXiv 2404.05384, section 3.2)."""
+"""Attention maps -> regions of the picture being formed (S-CFG, arXiv 2404.05384, section 3.2)."""
 
 import math
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ class Word(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What is known, once a run, of the tokens that maps describe."""
+    """What is fixed for a run about the tokens that maps describe."""
 
     chunk: int  # tokens from one start token of a long prompt to the next; tokens 0, chunk, 2 * chunk are start tokens
-    words: tuple[tuple[Word, ...], ...] = ()  # of each picture's text, in order
-    zero_uncond: Tensor | None = None  # (b) pictures whose unconditional context is all zeros
+    words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
+    zero_uncond: Tensor | None = None  # (b|1) pictures whose unconditional context is all zeros; None: none
 
 
 class Regions(NamedTuple):
     """Which pixel belongs to which token, on the largest captured grid."""
 
-    tokens: Tensor  # (b t h w) 0 or 1
+    tokens: Tensor  # (b t h w) 0 or 1: the pixels that every token owns
     foreground: Tensor  # (b 1 h w) 0 or 1
     scores: Tensor  # (b t h w) the soft maps behind the tokens
-    words: tuple[tuple[Word, ...], ...] = ()  # of each picture's text, in order
+    words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
 
     def contrast(self) -> Tensor:
         """How far above its mean over the picture a pixel's best token is, on average (b 1 1 1): 1 where maps are flat.
@@ -63,16 +63,19 @@ def relative(x: Tensor) -> Tensor:
 class Recipe:
     """How attention maps are read as regions."""
 
-    powers: tuple[float, ...]  # weights of S C, S^2 C, ... in the completed cross map
+    powers: tuple[float, ...]  # weights of S C, S^2 C, ... in the completed map; S the self map, C the cross map
     smooth: bool  # blur every layer's maps
     normalise: Literal["mean", "sum"]  # what a token's map is divided by, over space
     ties: bool  # pixels with equal best tokens belong to all of them, or to the first
-    # where other tokens outdo the start token in the unconditional or the conditional half, or where they own the pixel
+    # pixels where the other tokens together beat the start token, in the unconditional or the conditional half; or
+    # "assigned": where the owning token is no start token
     foreground: Literal["uncond", "cond", "assigned"]
 
     def complete(self, maps: Maps) -> Tensor:
         """A block's cross map completed by its self map, (b t h w); S is applied to t columns, never squared."""
-        by_self, step = (m.mean(1) if m.ndim == 4 else m for m in (maps.self, maps.cross))
+        by_self, step = maps.self, maps.cross
+        if by_self.ndim == 4:  # every head's
+            by_self, step = by_self.mean(1), step.mean(1)
         total = 0
         for weight in self.powers:
             step = by_self @ step
@@ -83,36 +86,36 @@ class Recipe:
         """Completed maps of all layers, each (b t h w) -> Regions of the conditional row on the largest of their grids.
 
         The foreground is the conditional half's where there is no unconditional one or its context is all zeros: maps
-        of zeros are uniform, and which is the greater is decided by rounding. The start tokens of a long prompt have
-        one state and so one region, the first one's. A token that nothing attends to owns nothing.
+        of zeros are uniform, and comparing them would compare rounding errors. The start tokens of a long prompt are
+        identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
-        size = max((layer.shape[-2:] for layer in cond), key=math.prod)
-        scores, start, rest = 0, 0, 0
+        size = max([layer.shape[-2:] for layer in cond], key=math.prod)
+        two_halves = uncond is not None and self.foreground == "uncond"
+        scores, balance = 0, 0
         for i, layer in enumerate(cond):
-            layer = self.at_size(layer, size)
+            halves = torch.cat([layer, uncond[i]]) if two_halves else layer
+            halves = halves if halves.shape[-2:] == size else F.interpolate(halves, size=size, mode="bilinear")
+            halves = blur(halves) if self.smooth else halves
+            layer, other = halves.chunk(2) if two_halves else (halves, halves)
             total = layer.mean((-2, -1), keepdim=True) + 1e-8
             if self.normalise == "sum":
                 total = layer.sum((-2, -1), keepdim=True).clamp_min(LEAST)
             scores = scores + layer / total / len(cond)
             if self.foreground != "assigned":
-                if uncond is not None and self.foreground == "uncond":
-                    other, zeros = self.at_size(uncond[i], size), tokens.zero_uncond
-                    layer = other if zeros is None else torch.where(zeros[:, None, None, None], layer, other)
-                chunks = rearrange(layer, "b (chunks t) h w -> b chunks t h w", t=tokens.chunk)
-                start = start + relative(chunks[:, :, :1].sum((1, 2))[:, None])
-                rest = rest + relative(chunks[:, :, 1:].sum((1, 2))[:, None])
-        for later_start in range(tokens.chunk, scores.shape[1], tokens.chunk):
-            scores = torch.cat([scores[:, :later_start], 0 * scores[:, :1], scores[:, later_start + 1 :]], 1)
+                if two_halves and tokens.zero_uncond is not None:
+                    other = torch.where(tokens.zero_uncond[:, None, None, None], layer, other)
+                by_place = rearrange(other, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
+                sums = torch.stack([by_place[:, 0].sum(1), by_place[:, 1:].sum((1, 2))], 1)
+                balance = balance + relative(sums)  # of the start token and of all others
+        counts = scores.new_ones(scores.shape[1], 1, 1)
+        counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
+        scores = scores * counts
         best = scores.argmax(1, keepdim=True)
         owners = torch.zeros_like(scores).scatter(1, best, 1.0)
         if self.ties:
             owners = (scores == scores.amax(1, keepdim=True)).to(scores.dtype)
-        foreground = best % tokens.chunk != 0 if self.foreground == "assigned" else rest > start
+        foreground = best % tokens.chunk != 0 if self.foreground == "assigned" else balance[:, 1:] > balance[:, :1]
         return Regions(owners, foreground.to(scores.dtype), scores, tokens.words)
-
-    def at_size(self, layer: Tensor, size: tuple[int, int]) -> Tensor:
-        layer = F.interpolate(layer, size=size, mode="bilinear") if layer.shape[-2:] != size else layer
-        return blur(layer) if self.smooth else layer
 
 
 OFFICIAL = Recipe(powers=(1 / 4, 3 / 4), smooth=True, normalise="mean", ties=True, foreground="uncond")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -19,7 +18,6 @@ from .schedule import Moment
 from .segment import Tokens, Word
 from .unet import Conditioning, timestep_embedding
 
-
 Texts = str | Sequence[str]
 
 
@@ -29,9 +27,11 @@ class Prompt:
 
     context: dict[str, Tensor]  # "uncond" and "cond", each (b t d)
     pooled: dict[str, Tensor] = field(default_factory=dict)  # uncond and cond (b p): the whole text, for XL
-    words: tuple[tuple[Word, ...], ...] = ()  # of each picture's text, in order
-    chunk: int | None = None  # tokens from one start token of a long text to the next; None: it has one
-    lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tokens of every text; what follows is filler
+    words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
+    chunk: int | None = None  # tokens from one start token of a long text to the next; None: the text is one chunk
+    lengths: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of each text, in tokens of whole chunks; what follows is filler
     needs_regions = False  # whether its conditioning depends on the regions of the step before
 
     @property
@@ -71,7 +71,7 @@ class PlacedPrompt:
     def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
         """What the rows of a step on a latent of this shape (b, c, h, w) are conditioned on.
 
-        A prompt whose texts depend on the moment or on the step before has the same method.
+        moment and previous are for prompts that depend on them, which have the same method.
         """
         texts = [row.text for row in rows]
         tokens = self.stack(self.tokens, texts, shape[0])
@@ -80,7 +80,7 @@ class PlacedPrompt:
         return Conditioning(tokens, vector, weight, tokens.shape[1])
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:
-        """Values of texts (b ...) -> of rows for the whole batch (r*b ...)."""
+        """Every row's text, expanded to all pictures, one after the other: (r*b ...)."""
         stacked = []
         for value in map(values.__getitem__, texts):
             if len(value) not in (1, pictures):
@@ -89,7 +89,7 @@ class PlacedPrompt:
         return torch.cat(stacked)
 
     def vector(self, texts: Sequence[str], shape: Sequence[int]) -> Tensor:
-        """XL's vector of the whole picture, (r*b v) for r texts (Podell et al. 2023, 2307.01952, section 2.2).
+        """SDXL's added conditioning vector, (r*b v) for r texts (Podell et al. 2023, 2307.01952, section 2.2).
 
         After the pooled text come sinusoids of the original height and width, the crop's top and left, and the target's
         height and width, in pixels; for the refiner an aesthetic score in place of the last two.
@@ -99,8 +99,7 @@ class PlacedPrompt:
         for text in texts:
             target = (height, width) if scores is None else (scores[text != "uncond"],)
             numbers = torch.tensor((height, width, 0, 0, *target), device=pooled.device)
-            sinusoids = timestep_embedding(numbers, 256).flatten().to(pooled.dtype)
-            sizes.append(sinusoids.expand(shape[0], -1))
+            sizes.append(timestep_embedding(numbers, 256).flatten().to(pooled.dtype).expand(shape[0], -1))
         return torch.cat([pooled, torch.cat(sizes)], dim=1)
 
 
@@ -109,18 +108,15 @@ class Encoded(NamedTuple):
 
     states: Tensor  # (b t d)
     pooled: Tensor | None  # (b p)
-    lengths: tuple[int, ...]  # of each text, in tokens; what follows is filler
+    lengths: tuple[int, ...]  # of each text, in tokens of whole chunks; what follows is filler
     words: tuple[tuple[Word, ...], ...]
 
-    @property
-    def zeros(self) -> "Encoded":
-        """What stands for no text at all (SDXL's usual negative)."""
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return Encoded(torch.zeros_like(self.states), pooled, self.lengths, ())
 
-
-def prompt_of(cond: Encoded, uncond: Encoded, chunk: int) -> Prompt:
-    """The prompt of encoded texts and their negatives."""
+def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
+    """The prompt of encoded texts and their negatives; without these, zeros take their place (SDXL)."""
+    if uncond is None:
+        pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)
+        uncond = Encoded(torch.zeros_like(cond.states), pooled, cond.lengths, ())
     halves = {"uncond": uncond, "cond": cond}
     pooled = {text: found.pooled for text, found in halves.items() if found.pooled is not None}
     lengths = {text: found.lengths for text, found in halves.items()}
@@ -166,7 +162,7 @@ class Tower(nn.Module):
         return states, self.text_projection(found.pooler_output) if self.config.pooled else None
 
     def on(self, device: torch.device) -> "Tower":
-        """This tower, or where it lives elsewhere a copy whose parameters are moved to the device."""
+        """This tower if it is on the device, else a copy there; its parameters are moved without a copy on the way."""
         if self.transformer.final_layer_norm.weight.device == device:
             return self
         moved = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in self.parameters()}
@@ -180,7 +176,7 @@ class Text(nn.Module):
         super().__init__()
         self.towers = nn.ModuleList(map(Tower, towers))
         self.tokenizer = tokenizer  # None: CLIP's own, looked for when first needed
-        self.known_words = frozenset(known)  # of a small model's world; empty: any word will do
+        self.known_words = frozenset(known)  # words that the model was trained on; empty: no check
         self.length = towers[0].length  # tokens that a tower reads at once, start and end included
 
     def restore_buffers(self) -> None:
@@ -189,7 +185,7 @@ class Text(nn.Module):
             tower.transformer.embeddings.position_ids = torch.arange(tower.config.length)[None]
 
     def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """Its words and their tokens."""
+        """Every word of a text and its token numbers."""
         if self.tokenizer is None:  # neither the file nor the caller brought one
             from .formats import default_tokenizer
 
@@ -205,7 +201,7 @@ class Text(nn.Module):
                 first = i
 
     def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
-        """A text's token numbers from start to end, and its words; refused where a tower cannot read it at once."""
+        """A text's token numbers from start to end, and its words; raises BadInput if it is longer than one chunk."""
         ids, words = [], []
         for word, own in self.split(text):
             words.append(Word(word, 1 + len(ids), 1 + len(ids) + len(own)))  # token 0 is the start token

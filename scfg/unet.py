@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from .config import UNetConfig
 from .errors import BadInput
 
-
-# Where a text does not count at a pixel its weight is LEAST, so that its own map is known there too. A bias of SILENCED,
-# below all logits, keeps attention from it; LEAST's own logarithm would not, since logits can span more than 69.
+# Weights of tokens: 0 for filler, which is excluded. LEAST outside a text's area, where its own map must stay defined:
+# weights below NOWHERE become a bias of SILENCED, because log(1e-30) = -69 is within the range of attention logits.
 LEAST, NOWHERE, SILENCED = 1e-30, 1e-20, -1e4
 
 
@@ -33,7 +32,7 @@ class Maps(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """Which transformer blocks return what is made of their maps: small ones, and those that are named."""
+    """Which transformer blocks return maps, and `make`, which is applied to the Maps of each."""
 
     pixels: int = 0  # blocks of at most this many pixels,
     blocks: Collection[str] = ()  # and these, such as "input_blocks.4.1.transformer_blocks.0"
@@ -55,38 +54,36 @@ Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # q, k, v (b heads n 
 
 
 class Conditioning(NamedTuple):
-    """What the network is conditioned on, r rows for each of b pictures, row by row for the whole batch."""
+    """What the network is conditioned on, r*b entries: all pictures of the first row, then all of the next."""
 
     tokens: Tensor  # (r*b t d)
     vector: Tensor | None = None  # (r*b v), XL's
-    weight: Tensor | None = (
-        None  # (r*b t h w | 1 1) how many times a token counts at a pixel; 0 everywhere: it is filler
-    )
-    own: int | None = None  # the leading tokens that maps describe; None: all
-    flags: Mapping[str, Tensor] = {}  # what people want to be told, each (b)
+    weight: Tensor | None = None  # (r*b t h w | 1 1) how many times a token counts at a pixel; filler: 0 everywhere
+    own: int | None = None  # the number of leading tokens that maps describe; None: all
+    flags: Mapping[str, Tensor] = {}  # messages for the user -> (b) the pictures that they are true of
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:
         """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
         if self.weight is None:
             return None
-        weight = self.weight
-        if weight.shape[-2:] != (1, 1):
-            weight = F.interpolate(weight, size=size, mode="area")
+        everywhere = self.weight.shape[-2:] == (1, 1)
+        weight = self.weight if everywhere else F.interpolate(self.weight, size=size, mode="area")
         bias = weight.log().masked_fill((weight > 0) & (weight < NOWHERE), SILENCED)
         return rearrange(bias, "b t h w -> b 1 (h w) t").to(self.tokens.dtype)
 
 
 class Call(NamedTuple):
-    """What one call of the network hands down to its transformer blocks."""
+    """What one call of the network hands down to its blocks."""
 
     conditioning: Conditioning
     capture: Capture
     attend: Attend | None
+    inject: Mapping[str, Tensor]
 
 
 def expand(x: Tensor, rows: int) -> Tensor:
     """Repeat the batch as a whole until it has `rows` rows: the rows of a guided step share x until they differ."""
-    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))
+    return torch.cat([x] * (rows // len(x))) if len(x) < rows else x
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -104,7 +101,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool = False) -> Tensor:
     """softmax(q k^T / sqrt d + bias) in fp32, q (b heads n d), k (b heads m d), bias (b 1 n|1 m).
 
-    The mean over heads (b n m), one head at a time, so that no (b heads n m) ever exists; or with `heads` just that.
+    The mean over heads (b n m), taken head by head so that no (b heads n m) ever exists; with `heads`, (b heads n m).
     """
     q, maps = q.float() * q.shape[-1] ** -0.5, []
     for q_head, k_head in zip(q.unbind(1), k.float().unbind(1)):
@@ -139,7 +136,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(32, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
-        # dropout keeps the names' numbers
+        # Dropout(0) only keeps the checkpoint's layer numbers
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
@@ -171,14 +168,15 @@ class Attention(nn.Module):
         q = rearrange(self.to_q(x), "b n (heads d) -> b heads n d", heads=self.heads)
         k = rearrange(self.to_k(context), "b m (heads d) -> b heads m d", heads=self.heads)
         v = rearrange(self.to_v(context), "b m (heads d) -> b heads m d", heads=self.heads)
-        out = (call.attend or attention)(q, k, v, site)
+        fused = F.scaled_dot_product_attention  # what `attention` calls
+        out = call.attend(q, k, v, site) if call.attend else fused(q, k, v, attn_mask=site.bias)
         out = self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
         if not captured:
             return out, None
-        if site.kind == "self":
-            return out, probabilities(q, k, heads=call.capture.heads)
-        own, bias = call.conditioning.own, site.bias
-        if bias is not None:  # a weight that all of the own tokens share cancels: their map is as if they were alone
+        own, bias = call.conditioning.own if site.kind == "cross" else None, site.bias
+        if (
+            bias is not None
+        ):  # what all own tokens share cancels in their softmax; taken off first, it costs no precision
             bias = bias[..., :own] - bias[..., :own].amax(-1, keepdim=True)
         return out, probabilities(q, k[:, :, :own], bias, call.capture.heads)
 
@@ -194,7 +192,7 @@ class GEGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    name = ""  # its key in the U-Net, which gives it
+    name = ""  # its key in the U-Net, set there
 
     def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()
@@ -212,13 +210,13 @@ class TransformerBlock(nn.Module):
         captured = x.shape[1] <= capture.pixels or self.name in capture.blocks
         normed = self.norm1(x)
         out, self_map = self.attn1(normed, normed, Site(self.name, "self", size, None), call, captured)
-        x = expand(x + out, len(tokens))
+        x = x + out
+        if len(x) < len(tokens):  # here the rows begin to differ
+            x, self_map = expand(x, len(tokens)), self_map if self_map is None else expand(self_map, len(tokens))
         out, cross_map = self.attn2(self.norm2(x), tokens, Site(self.name, "cross", size, bias), call, captured)
         x = x + out
         x = x + self.ff["net"](self.norm3(x))
-        if not captured:
-            return x, {}
-        return x, {self.name: capture.make(Maps(expand(self_map, len(tokens)), cross_map, size))}
+        return x, {self.name: capture.make(Maps(self_map, cross_map, size))} if captured else {}
 
 
 class SpatialTransformer(nn.Module):
@@ -252,10 +250,12 @@ class SpatialTransformer(nn.Module):
 class Block(nn.ModuleList):
     """The layers between two skip connections."""
 
+    name = ""  # its key in the U-Net, set there
+
     def forward(
         self, x: Tensor, embedding: Tensor, call: Call, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Captured]:
-        """`size` is what an upsampling at the end has to reach: that of the next skip, also where it is odd."""
+        """size: that of the next skip, the target of an upsampling at the end; it may be odd."""
         captured = {}
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -264,7 +264,13 @@ class Block(nn.ModuleList):
                 x, captured = layer(x, call)
             else:
                 x = layer(x, size) if isinstance(layer, Upsample) else layer(x)
+        if self.name in call.inject:
+            x = expand(x, len(call.inject[self.name])) + call.inject[self.name]
         return x, captured
+
+
+def mlp(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
 
 
 class UNet(nn.Module):
@@ -278,12 +284,9 @@ class UNet(nn.Module):
             block = Block([ResBlock(in_channels, width, embedding)])
             return block.append(SpatialTransformer(width, depth, config)) if depth else block
 
-        def mlp(in_channels: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(in_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-
-        self.time_embed = mlp(base)
+        self.time_embed = mlp(base, embedding)
         if config.vector_dim:
-            self.label_emb = nn.Sequential(mlp(config.vector_dim))
+            self.label_emb = nn.Sequential(mlp(config.vector_dim, embedding))
 
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, base, 3, padding=1)])])
         channels, skips = base, [base]
@@ -308,7 +311,7 @@ class UNet(nn.Module):
                 self.output_blocks[-1].append(Upsample(width))
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
         for name, module in self.named_modules():
-            if isinstance(module, TransformerBlock):
+            if isinstance(module, TransformerBlock | Block):
                 module.name = name
 
     def transformer_names(self) -> list[str]:
@@ -326,36 +329,32 @@ class UNet(nn.Module):
         residuals: Sequence[Tensor] = (),
         inject: Mapping[str, Tensor] = {},
     ) -> tuple[Tensor, Captured]:
-        """Noisy latents x (b c h w), timesteps t (b), r rows of conditioning -> output (r*b c h w), captured by block.
+        """Scaled latents x (b c h w), timesteps t (b), r rows of conditioning -> output (r*b c h w), captured by block.
 
-        The rows share x, which is expanded where they first differ. What is captured changes no bit of the output.
-        attend: an attention function in place of the network's own, for all rows. residuals: what is added to every
-        skip, in the order of the input blocks, and to the middle (ControlNet). inject: what is added to a block's
-        output, by its name, "input_blocks.2" (T2I-Adapter).
+        The rows share x, which is expanded where they first differ. Capturing does not change the output.
+        attend: an attention function in place of the network's own. residuals: added to every skip, in the order of
+        the input blocks, and to the middle (ControlNet). inject: added to a block's output, by name (T2I-Adapter).
         """
         if (conditioning.vector is None) == bool(self.config.vector_dim):
             raise BadInput(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its tokens")
-        call = Call(conditioning, capture or Capture(), attend)
+        call = Call(conditioning, capture or Capture(), attend, inject)
         rows, captured, skips = len(conditioning.tokens), {}, []
-        embedding = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))
-        embedding = expand(embedding, rows)
+        embedding = expand(self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
         if conditioning.vector is not None:
             embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
-
-        def run(name: str, block: Block, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-            x, of_block = block(x, embedding, call, size)
-            captured.update(of_block)
-            return expand(x, len(inject[name])) + inject[name] if name in inject else x
-
-        for i, block in enumerate(self.input_blocks):
-            x = run(f"input_blocks.{i}", block, x)
+        for block in self.input_blocks:
+            x, of_block = block(x, embedding, call)
+            captured |= of_block
             skips.append(x)
-        x = run("middle_block", self.middle_block, x)
+        x, of_block = self.middle_block(x, embedding, call)
+        captured |= of_block
         if residuals:
             *to_skips, to_middle = residuals
             x = x + to_middle
             skips = [expand(skip, len(more)) + more for skip, more in zip(skips, to_skips, strict=True)]
-        for i, block in enumerate(self.output_blocks):
-            x = torch.cat([x, expand(skips.pop(), len(x))], dim=1)
-            x = run(f"output_blocks.{i}", block, x, skips[-1].shape[-2:] if skips else None)
+        for block in self.output_blocks:
+            skip = skips.pop()
+            x = torch.cat([x, skip if len(skip) == len(x) else expand(skip, len(x))], dim=1)
+            x, of_block = block(x, embedding, call, skips[-1].shape[-2:] if skips else None)
+            captured |= of_block
         return self.out(x), captured

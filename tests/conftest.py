@@ -1,4 +1,9 @@
-"""Numbers of the reference programs, read from tests/data (its README says what they are)."""
+"""What several test modules share: the models, and numbers of the reference programs (tests/data, see its README).
+
+Test modules in any folder below import it as `conftest`: this folder is on sys.path, as the first conftest's is. No
+folder below may have a conftest.py of its own, which would take the name.
+"""
+
 from pathlib import Path
 
 import pytest

@@ -1,10 +1,15 @@
-"""Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `judge`, `unet` and `export`. Every phase resumes."""
+"""Train the embedded Flatland checkpoint: `python weights/train.py vae`, then `judge`, `unet` and `export`.
+
+Every phase resumes.
+"""
+
 import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,26 +20,30 @@ from torch.nn import functional as F
 from tqdm import tqdm, trange
 from transformers import CLIPTokenizer
 
-from scfg import flatland, noise
-from scfg.config import FLATLAND, Config
+from scfg import flatland
+from scfg.config import Config
 from scfg.evaluate.judge import SIDE, Judge
-from scfg.text import Text, vocabulary
-from scfg.unet import UNet
+from scfg.flatland import FLATLAND
+from scfg.formats import vocabulary
+from scfg.text import Text
+from scfg.unet import Conditioning, UNet
 from scfg.vae import VAE
 
 HERE = Path(__file__).parent
-RUN = HERE / "run"                                    # rendered scenes and unfinished trainings
+RUN = HERE / "run"  # rendered scenes and unfinished trainings
 SAVE_EVERY = 200
-EMPTY_SHARE = 0.1                                     # captions replaced by the empty prompt, for guidance
-UNSEEN_SCENES = 4096                                  # which only the judge is shown
+EMPTY_SHARE = 0.1  # captions replaced by the empty prompt, for guidance
+UNSEEN_SCENES = 4096  # which only the judge is shown
 KL_WEIGHT = 1e-3
 LAYOUT_WEIGHT = 0.3
-CELLS = 8                                             # along each side of the grid on which a caption's things are placed
+CELLS = 8  # along each side of the grid on which a caption's things are placed
 
 
 def world_merges() -> list[tuple[str, str]]:
-    """Merges that make each of the world's words one token: letter after letter, longest words first, so that
-    no short word's merge ("on") breaks into a longer one ("moon")."""
+    """Merges that make each of the world's words one token, letter after letter.
+
+    The longest words come first, so that no short word's merge ("on") breaks into a longer one ("moon").
+    """
     merges = {}
     for word in sorted(flatland.WORDS, key=len, reverse=True):
         letters = list(word[:-1]) + [word[-1] + "</w>"]
@@ -52,15 +61,20 @@ def world_config() -> Config:
 
 
 def scenes(count: int, seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count h w 3) of the scenes 0 .. count - 1 and what stands where (count h w): 0, or 1 + 8 * object + colour; both uint8."""
-    world = hashlib.sha256(Path(flatland.__file__).read_bytes()).hexdigest()[:8]
+    """Pictures (count h w 3) of the scenes 0 .. count - 1 and what stands where (count h w), both uint8.
+
+    What stands where is 0, or 1 + 8 * object + colour.
+    """
+    world = hashlib.sha256(Path(flatland.world.__file__).read_bytes()).hexdigest()[:8]
     paths = [RUN / f"{kind}-{world}-{'seen' if seen else 'unseen'}-{count}.npy" for kind in ("pictures", "things")]
     if not paths[1].exists():
         pictures, things = [], []
         for seed in trange(count, desc="scenes"):
             scene = flatland.compose(seed, seen)
             picture, masks = flatland.render(scene, FLATLAND.size)
-            labels = [1 + 8 * flatland.OBJECTS.index(t.name) + list(flatland.COLOURS).index(t.colour) for t in scene.things]
+            labels = [
+                1 + 8 * flatland.OBJECTS.index(t.name) + list(flatland.COLOURS).index(t.colour) for t in scene.things
+            ]
             pictures.append(picture)
             things.append(sum(label * mask for label, mask in zip(labels, masks)).astype(np.uint8))
         for path, values in zip(paths, (pictures, things)):
@@ -91,7 +105,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates (Jordan et al. 2024), scaled as in 2502.16982; kernels are flattened to matrices."""
+    """Momentum with orthogonalised updates (Jordan et al. 2024), scaled as in 2502.16982; kernels are matrices."""
+
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
         super().__init__(parameters, {"lr": lr})
 
@@ -108,6 +123,7 @@ class Muon(torch.optim.Optimizer):
 
 class Average:
     """Exponential moving average of a model's parameters: what is kept of a training."""
+
     def __init__(self, model: nn.Module):
         self.values = {k: v.clone() for k, v in model.state_dict().items()}
         self.updates = 0
@@ -120,7 +136,9 @@ class Average:
             self.values[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.values[name].copy_(value)
 
 
-def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, float], Tensor], steps: int, rate: float) -> None:
+def train(
+    name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, float], Tensor], steps: int, rate: float
+) -> None:
     """Minimise loss_of(random generator, share done); keeps an average of the parameters.
 
     The rate falls in the last quarter of the steps only, so that a training can be made longer before it gets there.
@@ -141,7 +159,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, f
     for step in progress:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate * min(1, (step + 1) / 100, (steps - step) / (steps / 4))
-        torch.manual_seed(step)                       # a training that was interrupted goes on with the same numbers
+        torch.manual_seed(step)  # a training that was interrupted goes on with the same numbers
         loss = loss_of(np.random.default_rng([1, step]), step / steps)
         model.zero_grad(set_to_none=True)
         loss.backward()
@@ -152,8 +170,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, f
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "average": average.values,
-                        "step": step + 1}, path.with_suffix(".part"))
+            kept = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            torch.save(kept | {"average": average.values, "step": step + 1}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
 
 
@@ -167,7 +185,8 @@ def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -
         mean, log_variance = vae.encode(image)
         error = vae.decode(mean + (log_variance / 2).exp() * torch.randn_like(mean)) - image
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        return error.square().mean() + min(1, 4 * done) * error.abs().mean() + KL_WEIGHT * divergence   # L1 alone greys colours
+        absolute = min(1, 4 * done) * error.abs().mean()  # L1 alone greys colours
+        return error.square().mean() + absolute + KL_WEIGHT * divergence
 
     train("vae", vae, loss_of, steps, 8e-3)
 
@@ -184,47 +203,71 @@ def latents(config: Config, count: int, device: str) -> Tensor:
     path = RUN / f"latents-{count}.pt"
     if not path.exists():
         vae, pictures = trained_vae(config, device), scenes(count)[0]
-        parts = [vae.encode(to_image(np.array(pictures[i:i + 32]), device))[0].cpu() for i in trange(0, count, 32, desc="latents")]
+        parts = [
+            vae.encode(to_image(np.array(pictures[i : i + 32]), device))[0].cpu()
+            for i in trange(0, count, 32, desc="latents")
+        ]
         torch.save(torch.cat(parts), path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
     return torch.load(path, weights_only=True)
 
 
+class Drawn(NamedTuple):
+    """Scenes as they are drawn."""
+
+    pictures: np.ndarray  # (n h w 3)
+    things: np.ndarray  # (n h w)
+    backgrounds: Tensor  # (n)
+
+
+def drawn_scenes(count: int, seen: bool) -> Drawn:
+    names = list(flatland.BACKGROUNDS)
+    backgrounds = [names.index(flatland.compose(seed, seen).background) for seed in trange(count, desc="backgrounds")]
+    return Drawn(*scenes(count, seen), torch.tensor(backgrounds))
+
+
 def train_judge(config: Config, steps: int, count: int, batch: int, device: str) -> None:
-    """Half of the pictures as drawn, of either kind of composition; half decoded from latents with some noise, as samples have it."""
+    """Half of the pictures are as drawn, of either kind of composition; half are decoded from latents with some noise,
+    as samples have it."""
     torch.manual_seed(0)
-    drawn, z, vae = [scenes(count), scenes(UNSEEN_SCENES, seen=False)], latents(config, count, device), trained_vae(config, device)
-    backgrounds = [torch.tensor([list(flatland.BACKGROUNDS).index(flatland.compose(seed, seen).background) for seed in trange(len(some[0]))])
-                   for seen, some in zip((True, False), drawn)]
-    model, noise_of, every = Judge().to(device), z.std(), FLATLAND.size[0] // SIDE
+    drawn = drawn_scenes(count, seen=True), drawn_scenes(UNSEEN_SCENES, seen=False)
+    z, vae, every = latents(config, count, device), trained_vae(config, device), FLATLAND.size[0] // SIDE
+    model, deviation = Judge().to(device), z.std()
 
     @torch.no_grad()
     def batch_of(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = [np.sort(rng.choice(len(pictures), batch // k, replace=False)) for k, (pictures, _) in zip((2, 4, 4), (drawn[0], *drawn))]
-        decoded = z[chosen[0]] + noise_of * torch.from_numpy(rng.uniform(0, 0.3, (batch // 2, 1, 1, 1))) * torch.randn(z[chosen[0]].shape)
-        seen = [to_image(pictures[c], device) for c, (pictures, _) in zip(chosen[1:], drawn)]
-        pictures = torch.cat([vae.decode(decoded.float().to(device)), *seen]).clamp(-1, 1)
-        things = np.concatenate([labels[c] for c, (_, labels) in zip(chosen, (drawn[0], *drawn))])[:, ::every, ::every]
-        background = torch.cat([values[c] for c, values in zip(chosen, (backgrounds[0], *backgrounds))])
+        parts = [(drawn[0], batch // 2), (drawn[0], batch // 4), (drawn[1], batch // 4)]
+        chosen = [(some, np.sort(rng.choice(len(some.pictures), n, replace=False))) for some, n in parts]
+        decoded, levels = z[chosen[0][1]], torch.from_numpy(rng.uniform(0, 0.3, (batch // 2, 1, 1, 1)))
+        decoded = vae.decode((decoded + deviation * levels * torch.randn(decoded.shape)).float().to(device))
+        as_drawn = [to_image(some.pictures[which], device) for some, which in chosen[1:]]
+        pictures = torch.cat([decoded, *as_drawn]).clamp(-1, 1)
+        things = np.concatenate([some.things[which] for some, which in chosen])[:, ::every, ::every]
+        backgrounds = torch.cat([some.backgrounds[which] for some, which in chosen])
         pictures = F.interpolate(pictures / 2 + 0.5, size=(SIDE, SIDE), mode="area")
-        return pictures, torch.from_numpy(things).long().to(device), background.to(device)
+        return pictures, torch.from_numpy(things).long().to(device), backgrounds.to(device)
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
-        pictures, things, background = batch_of(rng)
-        objects, colours, backgrounds = model(pictures)
-        something = things > 0
-        return (F.cross_entropy(objects, torch.where(something, (things - 1) // 8 + 1, 0))
-                + F.cross_entropy(colours, torch.where(something, (things - 1) % 8, -100)) + F.cross_entropy(backgrounds, background))
+        pictures, things, backgrounds = batch_of(rng)
+        found_objects, found_colours, found_backgrounds = model(pictures)
+        objects = torch.where(things > 0, (things - 1) // 8 + 1, 0)
+        colours = torch.where(things > 0, (things - 1) % 8, -100)  # none where nothing stands
+        of_things = F.cross_entropy(found_objects, objects) + F.cross_entropy(found_colours, colours)
+        return of_things + F.cross_entropy(found_backgrounds, backgrounds)
 
     train("judge", model, loss_of, steps, 4e-3)
 
 
 class Layout(nn.Module):
-    """Reads from a caption's states what stands where, on a grid of cells. As CLIP's towers learned from pictures what words mean, ours learns
-    the order of "left of" here: the picture alone teaches it only once tower and U-Net both half know it, and neither had begun after 4,700 steps."""
+    """Reads from a caption's states what stands where, on a grid of cells.
+
+    As CLIP's towers learned from pictures what words mean, ours learns the order of "left of" here: the picture alone
+    teaches it only once tower and U-Net both half know it, and neither had begun after 4,700 steps.
+    """
+
     def __init__(self, width: int):
         super().__init__()
-        self.cells = nn.Parameter(torch.randn(CELLS ** 2, width))
+        self.cells = nn.Parameter(torch.randn(CELLS**2, width))
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
         self.out = nn.Linear(width, 1 + len(flatland.OBJECTS))
 
@@ -236,6 +279,7 @@ class Layout(nn.Module):
 
 class Denoiser(nn.Module):
     """What the second phase trains together."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.unet = UNet(config.unet)
@@ -250,24 +294,30 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
     model = Denoiser(config).to(device)
     start_as_identity(model.unet)
     nn.init.zeros_(model.unet.out[2].weight)
-    tokens = [model.text.tokenize(flatland.compose(seed).caption).chunks[0] for seed in trange(count, desc="captions")]
-    empty = model.text.tokenize("").chunks[0]
+    tokens = [model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")]
+    empty = model.text.tokenize("")[0]
     every = FLATLAND.size[0] // CELLS
-    cells = torch.from_numpy((scenes(count)[1][:, every // 2::every, every // 2::every].reshape(count, -1).astype(int) + 7) // 8)   # 0, or 1 + object
-    alphas = torch.tensor(1 / (noise.sigma_table() ** 2 + 1), dtype=torch.float32)
+    things = scenes(count)[1][:, every // 2 :: every, every // 2 :: every].reshape(count, -1).astype(int)
+    cells = torch.from_numpy((things + 7) // 8)  # 0, or 1 + object
+    alphas = torch.tensor(1 / (config.schedule.sigmas**2 + 1), dtype=torch.float32)
+
+    def states(ids: list[list[int]]) -> Tensor:
+        (of_tower,), _ = model.text.encode(ids, device)
+        return of_tower
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
         chosen = rng.choice(count, batch, replace=False)
         ids = [empty if dropped else tokens[i] for i, dropped in zip(chosen, rng.random(batch) < EMPTY_SHARE)]
-        anywhere, noisy = rng.integers(0, 1000, batch), rng.integers(700, 1000, batch)        # what stands where is decided in noise
+        # half of them noisy: what stands where is decided in noise
+        anywhere, noisy = rng.integers(0, 1000, batch), rng.integers(700, 1000, batch)
         t = torch.from_numpy(np.where(rng.random(batch) < 0.5, anywhere, noisy))
         a = alphas[t].view(-1, 1, 1, 1).to(device)
         clean = z[chosen].to(device)
         drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
         x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
-        error = model.unet(x, t.to(device), model.text.encode(ids, device)[0])[0] - v
-        others = rng.choice(count, 2 * batch, replace=False)                                  # the tower is small: more captions cost nothing
-        stands = model.layout(model.text.encode([tokens[i] for i in others], device)[0])
+        error = model.unet(x, t.to(device), Conditioning(states(ids)))[0] - v
+        others = rng.choice(count, 2 * batch, replace=False)  # the tower is small: more captions cost nothing
+        stands = model.layout(states([tokens[i] for i in others]))
         return error.square().mean() + LAYOUT_WEIGHT * F.cross_entropy(stands, cells[others].to(device))
 
     train("unet", model, loss_of, steps, 8e-3)
@@ -286,8 +336,17 @@ def export(config: Config, count: int) -> None:
             tensors[f"{config.text[0].prefix}text_model.{rest.removeprefix('towers.0.transformer.')}"] = value
     config = replace(config, latent_scale=1 / latents(config, count, "cpu").std().item())
     merges = world_merges()
-    metadata = {"scfg.config": config.to_dict(), "scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}
-    save_file({k: v.half().contiguous() for k, v in tensors.items()}, HERE / "flatland.safetensors", {k: json.dumps(v) for k, v in metadata.items()})
+    metadata = {
+        "scfg.config": config.to_dict(),
+        "scfg.vocab": vocabulary(merges),
+        "scfg.merges": merges,
+        "scfg.words": flatland.WORDS,
+    }
+    save_file(
+        {k: v.half().contiguous() for k, v in tensors.items()},
+        HERE / "flatland.safetensors",
+        {k: json.dumps(v) for k, v in metadata.items()},
+    )
     judge = torch.load(RUN / "judge.pt", weights_only=True)["average"]
     save_file({k: v.half().contiguous() for k, v in judge.items()}, HERE / "judge.safetensors")
     for path in (HERE / "flatland.safetensors", HERE / "judge.safetensors"):
@@ -303,7 +362,9 @@ def natural(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=["vae", "judge", "unet", "export"])
-    parser.add_argument("--steps", type=natural, help="of the whole training (default: 1400 for vae, 1000 for judge, 6000 for unet)")
+    parser.add_argument(
+        "--steps", type=natural, help="of the whole training (default: 1400 for vae, 1000 for judge, 6000 for unet)"
+    )
     parser.add_argument("--batch", type=natural, help="(default: 8 for vae, 32 for the others)")
     parser.add_argument("--scenes", type=natural, default=16384, help="scenes to train on (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -312,13 +373,16 @@ def main() -> None:
     for before in {"vae": (), "judge": ("vae",), "unet": ("vae",), "export": ("vae", "judge", "unet")}[args.phase]:
         if not (RUN / f"{before}.pt").exists():
             parser.error(f"{args.phase} needs what {before} leaves in {RUN}: run that phase first")
-    if args.phase == "vae" and (later := [path.name for path in (*RUN.glob("latents-*.pt"), RUN / "judge.pt", RUN / "unet.pt") if path.exists()]):
-        parser.error(f"{', '.join(later)} in {RUN} came of the VAE that is there: move them away before another is trained")
+    later = [path.name for path in (*RUN.glob("latents-*.pt"), RUN / "judge.pt", RUN / "unet.pt") if path.exists()]
+    if args.phase == "vae" and later:
+        what = f"{', '.join(later)} in {RUN} came of the VAE that is there"
+        parser.error(f"{what}: move them away before another is trained")
     config = world_config()
     if args.phase == "export":
         export(config, args.scenes)
     else:
-        phase, steps, batch = {"vae": (train_vae, 1400, 8), "judge": (train_judge, 1000, 32), "unet": (train_unet, 6000, 32)}[args.phase]
+        usual = {"vae": (train_vae, 1400, 8), "judge": (train_judge, 1000, 32), "unet": (train_unet, 6000, 32)}
+        phase, steps, batch = usual[args.phase]
         phase(config, args.steps or steps, args.scenes, args.batch or batch, args.device)
 
 

@@ -1,7 +1,7 @@
 """The arguments of sample.py."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -9,7 +9,7 @@ import torch
 
 from ..config import FAMILIES
 from ..flatland import FLATLAND, WORDS
-from ..guidance import NAMED
+from ..guidance import RULES
 from ..methods import APG, OptimizedScale
 from ..schedule import Spacing
 from .region import EXAMPLE, number, region
@@ -48,7 +48,7 @@ def add_guidance(parser: Parser) -> None:
     add = parser.add_argument_group("guidance").add_argument
     add(
         "--guidance",
-        choices=NAMED,
+        choices=RULES,
         default="scfg",
         help="one scale a region, by the authors' program, their paper, their "
         "mean or the conditional half's foreground; or plain (default: %(default)s)",
@@ -77,17 +77,14 @@ def add_guidance(parser: Parser) -> None:
         metavar="PHI",
         help="share by which contrast is brought back to the unguided one's (usual: 0.7)",
     )
-    when = parser.add_mutually_exclusive_group()
-    when.add_argument(
-        "--interval",
-        type=number(float, 0, 1000),
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide at noise levels sigma in (LOW, HIGH] only",
-    )
-    when.add_argument(
-        "--ramp", choices=["linear", "cosine"], help="guide from not at all to twice as strongly as time goes by"
-    )
+    add_when(parser.add_mutually_exclusive_group().add_argument)
+
+
+def add_when(add: Callable[..., argparse.Action]) -> None:
+    sigma = number(float, 0, 1000)
+    add("--interval", type=sigma, nargs=2, metavar=("LOW", "HIGH"), help="guide at noise levels in (LOW, HIGH] only")
+    how = "guide from not at all to twice as strongly as time goes by"
+    add("--ramp", choices=["linear", "cosine"], help=how)
 
 
 def add_model(parser: Parser) -> None:

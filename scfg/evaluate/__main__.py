@@ -13,7 +13,7 @@ import torch
 from ..cpu import keep_freed_memory
 from ..diffusion import embedded_checkpoint, load
 from ..errors import BadInput
-from ..guidance import NAMED
+from ..guidance import RULES
 from ..samplers import SAMPLERS
 from . import flatland, regions, segment
 from .judge import load_judge
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(prog="python -m scfg.evaluate", description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     pictures = kinds.add_parser("flatland", help="sample captions and judge the pictures")
-    pictures.add_argument("--guidance", choices=NAMED, default="cfg")
+    pictures.add_argument("--guidance", choices=RULES, default="cfg")
     pictures.add_argument("--scale", type=scale, help="(default: the best of some on captions that are not scored)")
     pictures.add_argument("--steps", type=at_least_one, default=20)
     pictures.add_argument("--sampler", choices=SAMPLERS, default="dpmpp_2m")

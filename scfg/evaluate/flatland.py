@@ -31,7 +31,7 @@ SHOWN = 24  # pictures of each kind on the contact sheet
 class Settings(NamedTuple):
     checkpoint: str  # the beginning of its file's SHA-256
     device: str
-    guidance: str  # a name in guidance.NAMED
+    guidance: str  # a name in guidance.RULES
     scale: float
     steps: int
     sampler: str

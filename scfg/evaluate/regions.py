@@ -131,63 +131,59 @@ def colour_inside(made: Made, area: Tensor) -> str | None:
     return made.reading.things[covers.index(max(covers))].colour if covers and max(covers) > 0 else None
 
 
+def colour_is_inside(before: Sequence[Made], after: Sequence[Made]) -> Share:
+    """How often the colour that is asked for is inside the mask."""
+    pairs = zip(after, before)
+    return share([colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in pairs])
+
+
+def all_else_stays(after: Sequence[Made]) -> Share:
+    """How often all but the first thing's colour is as the caption has it."""
+    verdicts = [verdict(recoloured(one.scene), one.reading) for one in after]
+    return share([all((*v.objects, v.colours[1], v.background, v.relation)) for v in verdicts])
+
+
 def evaluate(model: Diffusion, judge: Judge, count: int) -> tuple[dict[str, Any], Image.Image]:
     """Inside the first thing's mask another colour of it is asked for.
 
     By the whole caption, by a caption of the thing alone, and for control by the whole caption everywhere but there.
     """
+
+    def whole(scene: Scene) -> str:
+        return recoloured(scene).caption
+
     before, right = wholly_right(model, judge, count)
     twice = doubled(model, judge, before)
-    asked = asked_for(
-        model, judge, before, mask_of_first, lambda scene: recoloured(scene).caption, "another colour inside a mask"
-    )
+    asked = asked_for(model, judge, before, mask_of_first, whole, "another colour inside a mask")
     alone = asked_for(model, judge, before, mask_of_first, caption_alone, "the thing named alone")
-    around = asked_for(
-        model,
-        judge,
-        before,
-        lambda one: 1 - mask_of_first(one),
-        lambda scene: recoloured(scene).caption,
-        "outside the mask",
-    )
+    around = asked_for(model, judge, before, lambda one: 1 - mask_of_first(one), whole, "outside the mask")
 
-    def inside(after: Sequence[Made]) -> Share:
-        """How often the colour that is asked for is inside the mask."""
-        return share(
-            [colour_inside(one, mask_of_first(base)) == other_colour(base.scene) for one, base in zip(after, before)]
-        )
-
-    def stays(after: Sequence[Made]) -> Share:
-        """How often all but the first thing's colour is as the caption has it."""
-        verdicts = [verdict(recoloured(one.scene), one.reading) for one in after]
-        return share([all((*v.objects, v.colours[1], v.background, v.relation)) for v in verdicts])
-
-    verdicts = [verdict(one.scene, one.reading) for one in twice]
+    other = [verdict(one.scene, one.reading) for one in twice]
+    other_stays = share([v.objects[1] and v.colours[1] for v in other])
     figures = {
         "pictures wholly right as they are": right,
-        "one word's scale doubled: the other thing's attributes stay": share(
-            [v.objects[1] and v.colours[1] for v in verdicts]
-        ),
-        "asked colour inside the mask, before it is asked for": inside(before),
-        "asked colour inside the mask": inside(asked),
-        "  all other attributes stay": stays(asked),
-        "asked colour inside the mask, with the thing named alone": inside(alone),
-        "  all other attributes stay, with the thing named alone": stays(alone),
-        "asked colour inside the mask, asked everywhere but there": inside(around),
+        "one word's scale doubled: the other thing's attributes stay": other_stays,
+        "asked colour inside the mask, before it is asked for": colour_is_inside(before, before),
+        "asked colour inside the mask": colour_is_inside(before, asked),
+        "  all other attributes stay": all_else_stays(asked),
+        "asked colour inside the mask, with the thing named alone": colour_is_inside(before, alone),
+        "  all other attributes stay, with the thing named alone": all_else_stays(alone),
+        "asked colour inside the mask, asked everywhere but there": colour_is_inside(before, around),
     }
-    changed = [(one.picture - base.picture).abs().mean().item() for one, base in zip(twice, before)]
-    shown = [one for trio in zip(before, twice, asked) for one in trio][:SHOWN]
-    captions = [
-        text
-        for one in before
-        for text in (one.scene.caption, f"{one.scene.things[0].name} twice", f"asked: {other_colour(one.scene)}")
-    ]
-    sheet = contact_sheet(torch.stack([one.picture for one in shown]), captions[: len(shown)], columns=6)
-    return {
-        "count": count,
-        "mean change where a scale was doubled": sum(changed) / count,
-        "figures": {name: figure._asdict() for name, figure in figures.items()},
-    }, sheet
+    changed = sum((one.picture - base.picture).abs().mean().item() for one, base in zip(twice, before)) / count
+    shares = {name: figure._asdict() for name, figure in figures.items()}
+    result = {"count": count, "mean change where a scale was doubled": changed, "figures": shares}
+    return result, sheet_of_trios(before, twice, asked)
+
+
+def sheet_of_trios(before: Sequence[Made], twice: Sequence[Made], asked: Sequence[Made]) -> Image.Image:
+    """Of the first scenes, the picture as it is, with one scale doubled, and with another colour asked for."""
+    shown, captions = [], []
+    for trio in zip(before, twice, asked):
+        scene = trio[0].scene
+        shown += [one.picture for one in trio]
+        captions += [scene.caption, f"{scene.things[0].name} twice", f"asked: {other_colour(scene)}"]
+    return contact_sheet(torch.stack(shown[:SHOWN]), captions[:SHOWN], columns=6)
 
 
 def share(right: Sequence[bool]) -> Share:

@@ -96,5 +96,5 @@ def encode(
     texts, negatives = paired_texts(text, negative, model.config)
     towers = model.towers()
     cond = encode_texts(towers, texts, model.device, layer_from_end)
-    uncond = cond.zeros if negatives is None else encode_texts(towers, negatives, model.device, layer_from_end)
+    uncond = None if negatives is None else encode_texts(towers, negatives, model.device, layer_from_end)
     return prompt_of(cond, uncond, towers.length)

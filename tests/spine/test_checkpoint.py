@@ -1,0 +1,198 @@
+"""Original files: recognised by names and shapes, loaded whole or not at all."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import DATA
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import scfg
+from scfg import checkpoint
+from scfg.config import SDXL
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    return load_file(DATA / "tiny_sd1.safetensors")
+
+
+def saved(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> Path:
+    save_file(tensors, folder / name)
+    return folder / name
+
+
+def published(name: str) -> dict[str, Tensor]:
+    """The tensors of a published file, without their numbers."""
+    keys = {}
+    for part in (name, "vae", f"text_{name}"):
+        keys |= json.loads((DATA / "keys" / f"{part}.json").read_text())
+    return {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_and_shapes_of_whole_files_are_the_originals(name):
+    """Every tensor of a published file finds its place, no place stays empty, and its sizes are the family's."""
+    tensors = published(name)
+    assert checkpoint.recognise(tensors) == FAMILIES[name]
+    wanted = {key: tensor for key, tensor in tensors.items() if not checkpoint.DROPPED.fullmatch(key)}
+    parts = checkpoint.assemble(Path(name), FAMILIES[name], wanted, {}, torch.float16, None)
+    assert parts.unet.out[2].weight.is_meta and len(parts.text.towers) == len(FAMILIES[name].text)
+    for key in list(wanted)[::97]:
+        lacking = {k: v for k, v in wanted.items() if k != key}
+        with pytest.raises(scfg.BadInput, match="missing"):
+            checkpoint.assemble(Path(name), FAMILIES[name], lacking, {}, torch.float16, None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_without_text_towers_are_recognised(name):
+    towers = ("cond_stage_model", "conditioner")
+    tensors = {key: tensor for key, tensor in published(name).items() if not key.startswith(towers)}
+    assert checkpoint.recognise(tensors) == replace(FAMILIES[name], text=())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_file_of_a_family_loads_whole(tmp_path, name):
+    config = families.small(FAMILIES[name])
+    tensors, prediction = families.original(config), config.schedule.prediction
+    model = scfg.load(saved(tmp_path, tensors), prediction=prediction)
+    assert model.config == config and model.text.restore_buffers() is None
+    for tower in config.text:  # some published files lack the prefix within
+        tensors = {key.replace(f"{tower.prefix}text_model.", tower.prefix): tensor for key, tensor in tensors.items()}
+    again = scfg.load(saved(tmp_path, tensors), prediction=prediction)
+    assert all(torch.equal(a, b) for a, b in zip(model.text.parameters(), again.text.parameters(), strict=True))
+
+
+def test_a_file_that_carries_its_tokenizer_needs_no_other(tmp_path):
+    merges = [("c", "a"), ("ca", "t</w>")]
+    vocabulary = families.vocabulary(merges)
+    config = families.small(FAMILIES["sd1"], len(vocabulary))
+    metadata = families.tokenizer_metadata(merges)
+    save_file(families.original(config), tmp_path / "model.safetensors", metadata)
+    ids, words = scfg.load(tmp_path / "model.safetensors").text.tokenize("a cat")
+    assert ids == [len(vocabulary) - 2, vocabulary["a</w>"], vocabulary["cat</w>"], len(vocabulary) - 1]
+    assert [word.text for word in words] == ["a", "cat"]
+
+
+def test_a_file_that_says_what_it_is_is_taken_at_its_word(tmp_path, tiny, tensors):
+    """The config of the metadata, whose lists are tuples again, in place of what names and shapes say."""
+    config = replace(tiny.config, name="mine", size=(128, 64), min_contrast=(1.5, 1.25), aesthetic_scores=(2.0, 6.0))
+    save_file(tensors, tmp_path / "model.safetensors", {"scfg.config": json.dumps(config.to_dict())})
+    assert scfg.load(tmp_path / "model.safetensors").config == config
+
+
+def test_a_missing_tower_or_its_last_layers_are_named():
+    tensors = {key: tensor for key, tensor in published("sdxl").items() if not checkpoint.DROPPED.fullmatch(key)}
+    for i, tower in enumerate(SDXL.text):
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(tower.prefix)}
+        with pytest.raises(scfg.BadInput, match=f"its text tower {tower.prefix}.* is missing"):
+            checkpoint.assemble(Path("xl"), checkpoint.recognise(rest), rest, {}, torch.float16, None)
+        last = f"{('layers', 'resblocks')[i]}.{tower.layers - 1}."
+        short = {key: tensor for key, tensor in tensors.items() if last not in key}
+        with pytest.raises(scfg.BadInput, match=f"missing towers.{i}.transformer.encoder.layers.{tower.layers - 1}."):
+            checkpoint.assemble(Path("xl"), checkpoint.recognise(short), short, {}, torch.float16, None)
+
+
+def test_a_file_without_a_vae_is_named(tmp_path, tensors):
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}
+    with pytest.raises(scfg.BadInput, match="bare.safetensors: unknown architecture: .* it has no first_stage_model"):
+        scfg.load(saved(tmp_path, rest, "bare.safetensors"))
+
+
+def test_buffers_of_published_files_are_dropped(tmp_path, tensors, tiny):
+    extra = {
+        "model_ema.decay": torch.ones(1),
+        "betas": torch.ones(1000),
+        "sqrt_one_minus_alphas_cumprod": torch.ones(1000),
+        "posterior_mean_coef2": torch.ones(1000),
+        "model_ema.num_updates": torch.ones(1),
+    }
+    model = scfg.load(saved(tmp_path, tensors | extra))
+    assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+
+
+def broken_files(tmp_path, tensors):
+    some = checkpoint.UNET + "output_blocks.3.0.in_layers.2.weight"
+    whole = (DATA / "tiny_sd1.safetensors").read_bytes()
+
+    def written(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    lacking = {name: tensor for name, tensor in tensors.items() if name != some}
+    inpainting = tensors | {checkpoint.UNET + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}
+    (tmp_path / "folder.safetensors").mkdir()
+    yield tmp_path / "absent.safetensors", "no such file"
+    yield tmp_path / "folder.safetensors", "no such file"
+    yield written("torn.safetensors", whole[:-1000]), "no whole .safetensors"
+    yield written("empty.safetensors", b""), "no whole .safetensors"
+    yield saved(tmp_path, {"x": torch.ones(2)}, "other.safetensors"), "unknown architecture"
+    yield saved(tmp_path, lacking, "lacking.safetensors"), "missing output_blocks.3"
+    yield saved(tmp_path, tensors | {some: torch.ones(3, 3)}, "shape.safetensors"), r"\[3, 3\], not \[64, 128, 3, 3\]"
+    yield saved(tmp_path, tensors | {"surprise": torch.ones(2)}, "more.safetensors"), "unexpected surprise"
+    yield saved(tmp_path, inpainting, "inpainting.safetensors"), "9 channels"
+
+
+def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):
+    for path, message in broken_files(tmp_path, tensors):
+        with pytest.raises(scfg.BadInput, match=message) as caught:
+            scfg.load(path)
+        assert "\n" not in str(caught.value) and path.name in str(caught.value), path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        "[]",
+        '{"name": "x"}',
+        '{"name": "x", "unet": null}',
+        '{"name": "x", "unet": {"context_dim": 48, "model_channels": 33, "heads": 0}}',
+    ],
+)
+def test_unusable_metadata_is_one_line(tmp_path, tensors, config):
+    save_file(tensors, tmp_path / "model.safetensors", {"scfg.config": config})
+    with pytest.raises(scfg.BadInput, match="no usable checkpoint|unexpected|missing") as caught:
+        scfg.load(tmp_path / "model.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_fractions_are_refused(tmp_path, tensors):
+    name = checkpoint.UNET + "out.2.bias"
+    with pytest.raises(scfg.BadInput, match="out.2.bias holds torch.int8"):
+        scfg.load(saved(tmp_path, tensors | {name: torch.ones(4, dtype=torch.int8)}))
+
+
+def test_prediction_and_dtype_can_be_chosen():
+    model = scfg.load(DATA / "tiny_sd1.safetensors", prediction="v", dtype=torch.bfloat16)
+    assert model.config.schedule.prediction == "v" and model.dtype == torch.bfloat16
+    for network in (model.unet, model.vae):
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    with pytest.raises(scfg.BadInput, match="not available"):
+        scfg.load(device="cuda:99")
+    with pytest.raises(scfg.BadInput, match="prediction is eps or v, not 'x0'"):
+        scfg.load(prediction="x0")
+
+
+def test_a_file_without_a_text_tower_refuses_prompts_only(tiny):
+    with pytest.raises(scfg.BadInput, match="no text tower"):
+        tiny.prompt("a cat")
+    assert tiny.text is None and next(tiny.unet.parameters()).dtype == torch.float32
+
+
+def test_weights_in_the_files_own_dtype_stay_in_the_file():
+    """They lie in one mapping of it, none was copied; in another dtype none stays there."""
+    for dtype, stay in ((torch.float16, True), (torch.float32, False)):
+        model = scfg.load(DATA / "tiny_sd1.safetensors", dtype=dtype)
+        maps = [line.split() for line in open("/proc/self/maps") if "tiny_sd1.safetensors" in line]
+        spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+        parameters = [*model.unet.parameters(), *model.vae.parameters()]
+        assert {parameter.dtype for parameter in parameters} == {dtype}
+        inside = [any(low <= p.data_ptr() < high for low, high in spans) for p in parameters]
+        assert all(inside) if stay else not any(inside)
+        assert bool(spans) or not stay

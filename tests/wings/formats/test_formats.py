@@ -1,0 +1,250 @@
+"""Pickled checkpoints, VAEs of other files, tokenizers."""
+
+import gzip
+import itertools
+import os
+import pickle
+import sys
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import DATA
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+import scfg
+from scfg import checkpoint, formats
+from scfg.config import SD1, SDXL, TextConfig, VAEConfig
+from scfg.diffusion import embedded_checkpoint
+from scfg.text import Text
+
+TINY = DATA / "tiny_sd1.safetensors"
+MERGES = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("t", "h"), ("th", "e</w>")]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    return load_file(TINY)
+
+
+def saved(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> Path:
+    save_file(tensors, folder / name)
+    return folder / name
+
+
+def tokenizer(**options) -> CLIPTokenizer:
+    return CLIPTokenizer(vocab=formats.vocabulary(MERGES), merges=MERGES, **options)
+
+
+def test_another_files_vae(tmp_path, tensors, tiny):
+    other = {name: -tensor for name, tensor in tensors.items() if name.startswith(checkpoint.FIRST_STAGE)}
+    bare = {name.removeprefix(checkpoint.FIRST_STAGE): tensor for name, tensor in other.items()}
+    for i, vae in enumerate((other, bare, bare | {"loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)})):
+        with pytest.warns(UserWarning, match="does not say its family: .* taken for one of SD 1.x"):
+            model = scfg.load(TINY, vae=saved(tmp_path, vae, f"{i}.safetensors"))
+        assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
+        assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+    whole = {name: -tensor for name, tensor in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a whole checkpoint says its family
+        model = scfg.load(TINY, vae=saved(tmp_path, whole, "whole.safetensors"))
+    assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
+    assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+
+
+def test_a_pickled_files_vae(tmp_path, tensors, tiny):
+    torch.save({"state_dict": {name: -tensor for name, tensor in tensors.items()}}, tmp_path / "vae.pt")
+    model = scfg.load(TINY, vae=tmp_path / "vae.pt")
+    assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
+
+
+def test_a_checkpoint_without_a_vae_takes_another_files(tmp_path, tensors, tiny):
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}
+    bare = saved(tmp_path, rest, "bare.safetensors")
+    with pytest.raises(scfg.BadInput, match="bare.safetensors: unknown architecture: .* it has no first_stage_model"):
+        scfg.load(bare)
+    model = scfg.load(bare, vae=TINY)
+    assert torch.equal(model.vae.quant_conv.weight, tiny.vae.quant_conv.weight)
+
+
+def test_broken_vae_files_are_named_and_not_the_checkpoint(tmp_path, tensors):
+    vae, i = checkpoint.with_prefix(tensors, checkpoint.FIRST_STAGE), 0
+    for change, message in (
+        ({"decoder.conv_out.bias": None}, "holds no whole VAE: missing decoder.conv_out.bias"),
+        ({"decoder.conv_out.bias": torch.ones(5)}, r"holds no whole VAE: decoder.conv_out.bias is \[5\], not \[3\]"),
+        ({"encoder.conv_in.weight": torch.ones(0)}, "holds no VAE of Stable Diffusion's layout"),
+    ):
+        changed, i = {name: tensor for name, tensor in (vae | change).items() if tensor is not None}, i + 1
+        with pytest.raises(scfg.BadInput, match=f"{i}.safetensors {message}"):
+            scfg.load(TINY, vae=saved(tmp_path, changed, f"{i}.safetensors"))
+
+
+def test_a_vae_of_another_family_is_named(tmp_path):
+    xl = saved(tmp_path, families.original(replace(families.small(SDXL), text=())), "xl.safetensors")
+    sixteen = families.original(families.small(replace(SD1, vae=VAEConfig(latent_channels=16))))
+    alone = {name: tensor for name, tensor in sixteen.items() if name.startswith(checkpoint.FIRST_STAGE)}
+    for file, message in (
+        (xl, "xl.safetensors is SDXL, whose latents are not those of SD 1.x"),
+        (saved(tmp_path, alone, "16.safetensors"), "latents of 16 channels, those of SD 1.x have 4"),
+        (embedded_checkpoint(), "is Flatland, whose latents are not those of SD 1.x"),
+        (saved(tmp_path, {"x": torch.ones(1)}, "none.safetensors"), "none.safetensors holds no VAE"),
+        (tmp_path / "absent.safetensors", "no such file"),
+    ):
+        with pytest.raises(scfg.BadInput, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scfg.load(TINY, vae=file)
+
+
+def test_a_vae_that_overflows_still_does_when_it_is_another_files(tmp_path):
+    """What a family's VAE does in float16 is in no file: it comes from the checkpoint's family."""
+    tensors = families.original(replace(families.small(SDXL), text=()))
+    vae = {name: tensor for name, tensor in tensors.items() if name.startswith(checkpoint.FIRST_STAGE)}
+    whole, alone = saved(tmp_path, tensors, "xl.safetensors"), saved(tmp_path, vae, "vae.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = scfg.load(whole, vae=alone, dtype=torch.float16)
+    assert model.config.vae.overflows and model.vae.quant_conv.weight.dtype == torch.float32
+
+
+def test_ckpt_files_load_with_the_one_harmless_class(tmp_path, tensors, tiny, monkeypatch):
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    real = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = real
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = {"state_dict": tensors, "callbacks": {real: {"best": 1.0}}, "global_step": 7}
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
+        model = scfg.load(tmp_path / "model.ckpt")
+        assert torch.equal(model.vae.quant_conv.weight, tiny.vae.quant_conv.weight)
+        assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("protocol", ["zip", "plain pickle"])
+@pytest.mark.parametrize("use", ["checkpoint", "vae"])
+def test_code_in_a_pickle_is_named_and_not_run(tmp_path, monkeypatch, protocol, use):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": Harmful()}, path) if protocol == "zip" else path.write_bytes(pickle.dumps(Harmful(), 2))
+    with pytest.raises(scfg.BadInput, match=r"holds code \(\w+\.system\), which was not run"):
+        scfg.load(path) if use == "checkpoint" else scfg.load(TINY, vae=path)
+    assert not (tmp_path / "ran").exists()
+    if protocol == "plain pickle":  # the file would do it
+        pickle.loads(path.read_bytes())
+        assert (tmp_path / "ran").exists()
+
+
+def broken_files(tmp_path, tensors):
+    def written(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    torch.save(tensors, tmp_path / "whole.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save({"state_dict": {"x": 1}}, tmp_path / "numbers.ckpt")
+    yield tmp_path, "no such file"
+    yield tmp_path / "absent.ckpt", "no such file"
+    yield written("noise.ckpt", b"\x93" * 999), "noise.ckpt"
+    yield written("empty.ckpt", b""), "empty.ckpt"
+    yield written("torn.ckpt", (tmp_path / "whole.ckpt").read_bytes()[:-5000]), "torn.ckpt"
+    yield tmp_path / "list.ckpt", "no state dict"
+    yield tmp_path / "numbers.ckpt", "more than a state dict of tensors"
+    yield written("model.png", TINY.read_bytes()), "neither .safetensors nor .ckpt"
+
+
+def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):
+    for path, message in broken_files(tmp_path, tensors):
+        with pytest.raises(scfg.BadInput, match=message) as caught:
+            scfg.load(path)
+        assert "\n" not in str(caught.value), path
+
+
+def test_the_vocabulary_is_clips_numbering():
+    found = formats.vocabulary(MERGES)
+    assert found == families.vocabulary(MERGES) and list(found.values()) == list(range(512 + len(MERGES) + 2))
+    assert [found[token] for token in ("ca", "<|startoftext|>", "<|endoftext|>")] == [512, 517, 518]
+    assert found["a</w>"] == found["a"] + 256
+
+
+def test_the_original_vocabulary_file(tmp_path):
+    """A file of the original form: a header line, then one merge a line, more of them than CLIP uses."""
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    letters = sorted(ByteLevel.alphabet())
+    filler = [pair for pair in itertools.product(letters, letters) if pair not in MERGES][:60000]
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(["#version: 0.2"] + [" ".join(pair) for pair in MERGES + filler]))
+    found = formats.read_tokenizer(path)
+    assert len(found) == 49408 and found.bos_token_id == 49406 and found.eos_token_id == 49407
+    assert found("cat")["input_ids"] == [49406, 512 + 1, 49407]
+
+
+def test_a_transformers_folder(tmp_path):
+    tokenizer().save_pretrained(tmp_path)
+    assert formats.read_tokenizer(tmp_path)("the cat")["input_ids"] == tokenizer()("the cat")["input_ids"]
+
+
+def test_a_folders_padding_token_is_a_character_like_any_other(tmp_path):
+    tokenizer(pad_token="!").save_pretrained(tmp_path)
+    assert formats.read_tokenizer(tmp_path)("cat!")["input_ids"] == tokenizer()("cat!")["input_ids"]
+    assert CLIPTokenizer.from_pretrained(tmp_path)("cat!")["input_ids"] != tokenizer()("cat!")["input_ids"]
+
+
+def test_a_tokenizer_that_is_given_takes_the_place_of_the_files_own(tmp_path):
+    own, other = [("c", "a"), ("ca", "t</w>")], [("d", "o"), ("do", "g</w>")]
+    config = families.small(SD1, len(families.vocabulary(own)))
+    path = tmp_path / "model.safetensors"
+    save_file(families.original(config), path, families.tokenizer_metadata(own))
+    folder = tmp_path / "tokenizer"
+    CLIPTokenizer(vocab=families.vocabulary(other), merges=other).save_pretrained(folder)
+    read = [len(scfg.load(path, tokenizer=given).text.tokenize("cat")[0]) - 2 for given in (None, folder)]
+    assert read == [1, 3]
+
+
+def test_no_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "text.txt.gz").write_bytes(b"no gzip")
+    for path in (tmp_path, tmp_path / "absent", tmp_path / "broken", tmp_path / "text.txt.gz"):
+        with pytest.raises(scfg.BadInput, match="is no tokenizer") as caught:
+            formats.read_tokenizer(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    with pytest.raises(scfg.BadInput, match="absent is no tokenizer"):
+        scfg.load(TINY, tokenizer=tmp_path / "absent")
+
+
+def test_without_any_tokenizer_it_is_one_line_that_says_how_to_give_one(monkeypatch):
+    monkeypatch.setattr("scfg.formats.tokenizer.HUB_TOKENIZER", "nobody/has-this-in-a-cache")
+    monkeypatch.setattr("scfg.formats.tokenizer.HF_HUB_OFFLINE", True)
+    with pytest.raises(scfg.BadInput, match="give --tokenizer") as caught:
+        Text([TextConfig(width=64, layers=1, heads=1, vocabulary=9)]).tokenize("cat")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answers, cached, asked", [(True, False, [True, False]), (True, True, [True])])
+def test_clips_own_tokenizer_comes_from_the_cache_or_else_from_the_hub(monkeypatch, answers, cached, asked):
+    """Asked for once, when a text is first read; from an empty cache comes an empty tokenizer."""
+    whole, calls = [*MERGES, *((f"x{i}", "y") for i in range(49408 - 514 - len(MERGES)))], []
+
+    def from_pretrained(name: str, local_files_only: bool) -> CLIPTokenizer:
+        calls.append(local_files_only)
+        merges = whole if cached or not local_files_only else []
+        vocab = formats.vocabulary(whole) if merges else {"<|startoftext|>": 0, "<|endoftext|>": 1}
+        return CLIPTokenizer(vocab=vocab, merges=MERGES if merges else [])
+
+    monkeypatch.setattr("scfg.formats.tokenizer.hub_answers", lambda: answers)
+    monkeypatch.setattr("scfg.formats.tokenizer.CLIPTokenizer.from_pretrained", from_pretrained)
+    text = Text([TextConfig(width=64, layers=1, heads=1)])
+    assert text.tokenize("cat")[0] == text.tokenize("cat")[0] == [49406, 512 + 1, 49407]
+    assert calls == asked

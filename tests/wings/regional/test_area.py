@@ -1,0 +1,161 @@
+"""Areas as data."""
+
+from functools import reduce
+
+import pytest
+import torch
+from PIL import Image
+
+import scfg
+from scfg.regional.area import Area, find_phrase
+from scfg.segment import Regions, Word
+
+SAID = tuple(Word(text, i + 1, i + 2) for i, text in enumerate("a red car left of a blue star on grass".split()))
+
+
+def seen(best: torch.Tensor) -> Regions:
+    """Every pixel's best token is given (h w); all others score a tenth of it, the start token nearly as much."""
+    scores = torch.full((12, *best.shape), 0.1).scatter(0, best[None], 1.0)
+    scores[0] = 0.9
+    return Regions(scores[None], torch.ones(1, 1, *best.shape), scores[None], (SAID,))
+
+
+CAR, STAR, GRASS, THE_A = 3, 8, 10, 1
+REGIONS = seen(torch.tensor([[CAR, CAR, GRASS, STAR], [2, GRASS, THE_A, 7]]))
+
+
+def test_words_are_where_they_score_best_among_words_that_name_something():
+    assert scfg.words("car")(REGIONS, (2, 4)).tolist() == [[[[1, 1, 0, 0], [0, 0, 0, 0]]]]
+    assert scfg.words("red car")(REGIONS, (2, 4)).tolist() == [[[[1, 1, 0, 0], [1, 0, 0, 0]]]]
+    assert scfg.words("Blue Star")(REGIONS, (2, 4)).tolist() == [[[[0, 0, 0, 1], [0, 0, 0, 1]]]]
+    # "a" is best there, and names nothing: a tie of the others
+    assert not scfg.words("grass")(REGIONS, (2, 4))[0, 0, 1, 2]
+    soft = scfg.words("car", soft=True)(REGIONS, (2, 4))[0, 0]
+    assert torch.allclose(soft[0, :2], torch.tensor(1 / 1.4)) and torch.allclose(soft[0, 2:], torch.tensor(0.1 / 1.4))
+
+
+def test_against_all_tokens_the_start_token_can_own_pixels():
+    regions = REGIONS._replace(scores=REGIONS.scores.clone())
+    regions.scores[:, 0, 0, 0] = 2
+    assert scfg.words("car")(regions, (2, 4))[0, 0, 0, 0] == 1
+    assert scfg.words("car", against_all=True)(regions, (2, 4))[0, 0, 0, 0] == 0
+
+
+def test_a_word_that_occurs_twice_has_both_places():
+    said = tuple(word._replace(text="car") if word.text == "star" else word for word in SAID)
+    assert scfg.words("car")(REGIONS._replace(words=(said,)), (2, 4)).sum() == 3
+
+
+def test_an_absent_word_names_the_prompts_words():
+    with pytest.raises(scfg.BadInput, match="'tree' is not in the prompt, whose words are: a red car left of"):
+        scfg.words("tree")(REGIONS, (2, 4))
+    with pytest.raises(scfg.BadInput, match="'red star' is not in the prompt"):
+        scfg.words("red star")(REGIONS, (2, 4))
+
+
+def test_operators_and_sizes(tmp_path):
+    left = torch.zeros(4, 8)
+    left[:, :4] = 1
+    area = (scfg.words("car") | scfg.mask(left)) & ~scfg.words("red")
+    assert area(REGIONS, (4, 8))[0, 0].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0, 0, 0]] * 2
+    assert area.label == str(area) == "(('car' | a mask) & ~'red')"
+    assert area.phrases == ("car", "red") and area.needs_regions
+    assert scfg.mask(left)(None, (2, 2)).tolist() == [[[[1, 0], [1, 0]]]] and not scfg.mask(left).needs_regions
+    assert torch.equal(scfg.foreground()(REGIONS, (2, 4)), REGIONS.foreground)
+    edge = scfg.mask(left).feathered(3)(None, (4, 8))[0, 0, 0]
+    assert edge[0] > 0.999 and edge[-1] < 0.001 and torch.all(edge.diff() < 1e-6) and 0 < edge[3] < 1
+    Image.new("L", (8, 4), 255).save(tmp_path / "all.png")
+    text = f"car & ~red | {tmp_path / 'all.png'}"
+    assert scfg.parse_area(text)(REGIONS, (2, 4)).min() == 1
+    assert scfg.parse_area("car & ~red").phrases == ("car", "red")
+    assert torch.equal(scfg.parse_area("car & ~red")(REGIONS, (2, 4)), scfg.words("car")(REGIONS, (2, 4)))
+    assert scfg.parse_area("foreground").needs_regions
+
+
+def test_a_feathered_area_of_words_follows_every_steps_regions():
+    """What is blurred once is only what does not change with a step."""
+    area = scfg.words("car").feathered(1)
+    assert area.needs_regions and area.phrases == ("car",)
+    here, elsewhere = (area(seen(torch.tensor(best)), (1, 4)) for best in ([[CAR, 10, 10, 10]], [[10, 10, 10, CAR]]))
+    assert torch.allclose(here, elsewhere.flip(-1)) and not torch.allclose(here, elsewhere)
+    assert 0 < here[0, 0, 0, 1] < here[0, 0, 0, 0] < 1
+
+
+@pytest.mark.parametrize("text", ["", "car &", "no-such.png", "~"])
+def test_an_area_that_cannot_be_is_one_line(text):
+    with pytest.raises(scfg.BadInput) as caught:
+        scfg.parse_area(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_of_all_kinds_of_files(tmp_path):
+    """White counts, in 8 and in 16 bits; what is transparent does not."""
+    light = torch.tensor([0, 64, 128, 255], dtype=torch.uint8).numpy()[None].repeat(2, 0)
+    grey, expected = Image.fromarray(light), torch.tensor([0, 64, 128, 255]) / 255
+    sixteen = Image.fromarray(light.astype("uint16") * 257)
+    for mode, image in {"L": grey, "RGB": grey.convert("RGB"), "P": grey.convert("P"), "I;16": sixteen}.items():
+        assert image.mode == mode
+        image.save(tmp_path / "mask.png")
+        assert torch.allclose(scfg.mask(tmp_path / "mask.png")(None, (2, 4))[0, 0, 0], expected, atol=1e-6)
+    white = Image.new("RGBA", (4, 2), "white")
+    white.putalpha(grey)
+    white.save(tmp_path / "mask.png")
+    assert torch.allclose(scfg.mask(tmp_path / "mask.png")(None, (2, 4))[0, 0, 0], expected, atol=1e-6)
+
+
+def test_a_file_that_is_no_mask_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    for name in ("text", "half", "whole"):  # the last one is now suspiciously large
+        with pytest.raises(scfg.BadInput, match=f"{name}.png is no picture to be used as a mask: ") as caught:
+            scfg.mask(tmp_path / f"{name}.png")
+        assert "\n" not in str(caught.value)
+
+
+def test_many_operators_take_no_more_than_their_areas():
+    counted = []
+
+    def of(regions: Regions) -> torch.Tensor:
+        counted.append(1)
+        return regions.foreground
+
+    area = reduce(Area.__or__, [Area(of, "an area", needs_regions=True)] * 12)
+    assert torch.equal(area(REGIONS, (2, 4)), REGIONS.foreground) and len(counted) == 12
+
+
+def test_blanks_and_signs_do_not_keep_a_phrase_from_being_found():
+    said = tuple(Word(text, i + 1, i + 2) for i, text in enumerate("a red - car with 6 4 stars".split()))
+    assert [word.text for word in find_phrase(said, "red-car")] == ["red", "-", "car"]
+    assert [word.text for word in find_phrase(said, "64 stars")] == ["6", "4", "stars"]
+    for absent in ("ar", "redcar", "stars a", "", "re"):
+        with pytest.raises(scfg.BadInput, match="is not in the prompt"):
+            find_phrase(said, absent)
+    with pytest.raises(scfg.BadInput, match="needs a prompt that knows its words"):
+        scfg.words("car")(REGIONS._replace(words=()), (2, 4))
+
+
+def test_masks_that_cannot_be():
+    for wrong in (torch.full((4, 4), 2.0), torch.zeros(1, 3, 4, 4), torch.zeros(0, 4), torch.zeros(1, 1, 1, 4, 4)):
+        with pytest.raises(scfg.BadInput, match="values from 0 to 1") as caught:
+            scfg.mask(wrong)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_mask_is_averaged_along_either_side():
+    stripes = torch.zeros(16, 1600)
+    stripes[:, ::100] = 1
+    for values in (stripes, stripes.mT):
+        assert torch.allclose(scfg.mask(values)(None, (16, 16)), torch.full((1, 1, 16, 16), 0.01))
+
+
+def test_an_areas_words_are_the_models(flat):
+    """On the embedded checkpoint, at a step's regions: half of a red car is not half of a blue star."""
+    prompt = flat.prompt("a red car left of a blue star on grass")
+    for step in flat.sample(prompt, scfg.SCFG(3.0), steps=4):
+        regions = step.denoised.regions
+    car, star = (scfg.words(phrase)(regions, (16, 16)) for phrase in ("red car", "blue star"))
+    columns = torch.linspace(-1, 1, 16)
+    middle = [(area * columns).sum() / area.sum() for area in (car, star)]
+    assert car.sum() > 8 and star.sum() > 8 and not (car * star).any() and middle[0] < middle[1] - 0.5
