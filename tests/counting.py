@@ -1,4 +1,5 @@
 """The bytes of the tensors that operations make, counted as they are made and freed."""
+
 import weakref
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 class Bytes(TorchDispatchMode):
     """Counts the bytes of the tensors alive that operations made."""
+
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()

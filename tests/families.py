@@ -45,12 +45,7 @@ def small(family: Config, vocabulary: int = 49408) -> Config:
     channels = 64 if family.unet.head_channels else 32
     text = tuple(
         replace(
-            tower,
-            width=64 * (i + 1),
-            heads=i + 1,
-            layers=3,
-            vocabulary=vocabulary,
-            pooled=48 if tower.pooled else 0,
+            tower, width=64 * (i + 1), heads=i + 1, layers=3, vocabulary=vocabulary, pooled=48 if tower.pooled else 0
         )
         for i, tower in enumerate(family.text)
     )

@@ -1,41 +1,68 @@
+"""The training of the embedded checkpoint, a few steps of it; and the sheet of pictures that it paints."""
+
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import scfg
 from scfg.evaluate.judge import Judge
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-import train  # noqa: E402
+import sheet
+import train
 
 
 def test_the_training_makes_a_checkpoint_from_nothing_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUN", tmp_path / "run")
     monkeypatch.setattr(train, "HERE", tmp_path)
     monkeypatch.setattr(train, "UNSEEN_SCENES", 8)
+
     def phase(name: str, *words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", name, "--scenes", "8", "--batch", "4", "--device", "cpu", *words])
         train.main()
+
+    def kept(name: str) -> dict:
+        return torch.load(tmp_path / "run" / f"{name}.pt", weights_only=True)
+
     with pytest.raises(SystemExit) as caught:
         phase("unet", "--steps", "1")
     assert caught.value.code == 2 and "run that phase first" in capsys.readouterr().err
     for name in ("vae", "judge", "unet"):
         phase(name, "--steps", "2")
-    before = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
+    before = kept("unet")
     phase("unet", "--steps", "3")
-    after = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
-    assert (before["step"], after["step"]) == (2, 3) and not torch.equal(before["model"]["unet.out.2.bias"], after["model"]["unet.out.2.bias"])
+    after = kept("unet")
+    assert (before["step"], after["step"]) == (2, 3)
+    for name in ("unet.out.2.bias", "text.towers.0.transformer.final_layer_norm.weight", "layout.out.weight"):
+        assert not torch.equal(before["model"][name], after["model"][name]), name
     phase("export")
     model = scfg.load(tmp_path / "flatland.safetensors")
     *_, step = model.sample(model.prompt("a red car on grass"), scfg.SCFG(2.0), steps=2)
     assert model.config.size == (64, 64) and step.latent.isfinite().all()
-    for name, value in torch.load(tmp_path / "run" / "unet.pt", weights_only=True)["average"].items():
-        if name.startswith("unet."):
-            assert torch.equal(model.unet.state_dict()[name.removeprefix("unet.")], value.half().float())
-    assert set(load_file(tmp_path / "judge.safetensors")) == set(Judge().state_dict())
+    assert model.config.schedule.prediction == "v" and model.config.min_contrast == scfg.load().config.min_contrast
+    exported = {f"unet.{name}": value for name, value in model.unet.state_dict().items()}
+    exported |= {f"text.{name}": value for name, value in model.text.state_dict().items()}
+    for name, value in kept("unet")["average"].items():
+        if not name.startswith("layout."):
+            assert torch.equal(exported.pop(name), value.half().float())
+    assert not exported
+    judge = load_file(tmp_path / "judge.safetensors")
+    assert {name: value.shape for name, value in judge.items()} == {
+        name: value.shape for name, value in Judge().state_dict().items()
+    }
+
+
+def test_a_vae_under_trained_networks_is_not_trained_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "RUN", tmp_path)
+    (tmp_path / "unet.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", "vae", "--scenes", "8"])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    assert caught.value.code == 2 and "unet.pt" in capsys.readouterr().err
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
@@ -43,4 +70,26 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
         inner = u.mT @ train.orthogonalised(matrix) @ v.mT
-        assert (inner - inner.diag().diag()).abs().max() < 1e-4 and 0.5 < inner.diag().min() and inner.diag().max() < 1.3
+        assert (
+            (inner - inner.diag().diag()).abs().max() < 1e-4 and 0.5 < inner.diag().min() and inner.diag().max() < 1.3
+        )
+
+
+def test_the_sheet_shows_every_prompt_with_the_options_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sheet, "HERE", tmp_path)
+    sheets = []
+    for guidance in ("scfg", "cfg"):
+        monkeypatch.setattr(sys, "argv", ["sheet.py", "--steps", "2", "--guidance", guidance])
+        sheet.main()
+        with Image.open(tmp_path / "sheet.png") as picture:
+            sheets.append(picture.convert("RGB"))
+    assert "sheet.png: " in capsys.readouterr().out
+    cell, n = sheet.SIDE + sheet.GAP, len(sheet.PROMPTS)
+    for row in range(3):
+        boxes = [
+            (x := sheet.GAP + i * cell, y := sheet.GAP + row * cell, x + sheet.SIDE, y + sheet.SIDE) for i in range(n)
+        ]
+        panels = {sheets[0].crop(box).tobytes() for box in boxes}
+        assert len(panels) == n  # another one for every prompt
+    scales = [made.crop((sheet.GAP, sheet.GAP + 2 * cell, cell, 3 * cell)).getcolors() for made in sheets]
+    assert len(scales[0]) > 1 and len(scales[1]) == 1  # S-CFG's differ from place to place

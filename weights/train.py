@@ -302,7 +302,7 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
     alphas = torch.tensor(1 / (config.schedule.sigmas**2 + 1), dtype=torch.float32)
 
     def states(ids: list[list[int]]) -> Tensor:
-        (of_tower,), _ = model.text.encode(ids, device)
+        (of_tower,), _ = model.text.encode(ids, model.layout.cells.device)
         return of_tower
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:

@@ -16,8 +16,8 @@ class Region:
     """An area and its guidance, from `start` to `end`, shares of the run counted in timesteps."""
 
     area: Area  # or its description
-    scale: float | None = None  # in place of the scale that it would have,
-    times: float = 1.0  # which is then multiplied
+    scale: float | None = None  # replaces the rule's scale; None: keeps it
+    times: float = 1.0  # multiplies the scale
     start: float = 0.0
     end: float = 1.0
 

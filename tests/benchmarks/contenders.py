@@ -1,11 +1,11 @@
 """What is compared: one guided step, ours and diffusers', on the same random weights and the same inputs.
 
-diffusers' U-Net is built and ours takes over its tensors, so that both fit into memory together and must give one result.
+diffusers' U-Net is built and ours takes over its tensors, so that both fit into memory and must give one result.
 """
+
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,32 @@ sys.path[:0] = [str(TESTS), str(TESTS / "parity"), str(TESTS.parent)]
 import original  # noqa: E402
 
 import scfg  # noqa: E402
-from scfg import CFG, SCFG, Prompt  # noqa: E402
-from scfg.checkpoint import widened_in_use  # noqa: E402
+from scfg import CFG, SCFG, Maps, Outputs, Prompt, segment_maps  # noqa: E402
 from scfg.config import SD1, SDXL, Config  # noqa: E402
-from scfg.noise import time_of, to_x0  # noqa: E402
-from scfg.segment import segment  # noqa: E402
-from scfg.unet import Maps, UNet  # noqa: E402
+from scfg.unet import UNet  # noqa: E402
 
 GAMMA, SIGMA = 7.5, 3.0
-RULE, PAPER_RULE = SCFG(GAMMA, contrast=0), replace(SCFG.paper(GAMMA), contrast=0)      # maps of random weights are nearly flat
-Step = Callable[[], Tensor]                           # one guided step -> x0 (1 c h w)
-FAMILIES: dict[str, tuple[Config, dict[str, Any]]] = {            # ours, and what diffusers calls the same
+RULE, PAPER_RULE = SCFG(GAMMA), SCFG.paper(GAMMA)
+MOMENT = SD1.schedule.moment(SIGMA)  # of every family here
+Step = Callable[[], Tensor]  # one guided step -> x0 (1 c h w)
+FAMILIES: dict[str, tuple[Config, dict[str, Any]]] = {  # ours, and what diffusers calls the same
     "sd1": (SD1, {"cross_attention_dim": 768, "attention_head_dim": 8}),
-    "sdxl": (SDXL, {
-        "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")})}
+    "sdxl": (
+        SDXL,
+        {
+            "block_out_channels": (320, 640, 1280),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
+}
 
 
 def reference_unet(family: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -50,14 +58,11 @@ def reference_unet(family: str, device: str = "cpu", dtype: torch.dtype = torch.
     return unet.eval().requires_grad_(False)
 
 
-def ours_of(reference: nn.Module, config: Config, stored: torch.dtype | None = None) -> scfg.Diffusion:
-    """Our U-Net around the very tensors of diffusers'; stored: of those that may have fewer bits, as they are in such a file."""
+def ours_of(reference: nn.Module, config: Config) -> scfg.Diffusion:
+    """Our U-Net around the very tensors of diffusers'."""
     with torch.device("meta"):
         unet = UNet(config.unet)
-    tensors = original.unet(reference)
-    if stored:
-        tensors |= {name: tensors[name].to(stored) for name in widened_in_use(unet)}
-    unet.load_state_dict(tensors, strict=True, assign=True)
+    unet.load_state_dict(original.unet(reference), strict=True, assign=True)
     return scfg.Diffusion(config, unet.eval().requires_grad_(False), vae=None, text=None)
 
 
@@ -75,43 +80,54 @@ def inputs(config: Config, side: int, device: str = "cpu") -> tuple[Tensor, Prom
 
 class Explicit:
     """Attention as hook-based programs do it: every block's probabilities are made, those of small grids kept."""
+
     def __init__(self, pixels: int):
         self.pixels, self.kept = pixels, []
 
-    def __call__(self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused) -> Tensor:
+    def __call__(
+        self, attention: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused
+    ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (attention.head_to_batch_dim(to(of)) for to, of in (
-            (attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context)))
+        q, k, v = (
+            attention.head_to_batch_dim(to(of))
+            for to, of in ((attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context))
+        )
         probabilities = attention.get_attention_scores(q, k)
         if q.shape[1] <= self.pixels:
-            self.kept.append(rearrange(probabilities, "(b heads) n m -> b heads n m", heads=attention.heads).float().mean(1))
+            by_head = rearrange(probabilities, "(b heads) n m -> b heads n m", heads=attention.heads)
+            self.kept.append(by_head.float().mean(1))
         return attention.to_out[0](attention.batch_to_head_dim(probabilities @ v))
 
     def maps(self) -> list[Maps]:
         """What was kept, which is then forgotten; the blocks' self and cross maps came in turns."""
         kept, self.kept = self.kept, []
-        return [Maps(of_self, cross, (math.isqrt(cross.shape[1]),) * 2) for of_self, cross in zip(kept[::2], kept[1::2])]
+        side = [math.isqrt(cross.shape[1]) for cross in kept[1::2]]
+        return [Maps(of_self, cross, (n, n)) for of_self, cross, n in zip(kept[::2], kept[1::2], side)]
 
 
 def our_step(model: scfg.Diffusion, guidance: CFG | SCFG, x: Tensor, prompt: Prompt) -> Step:
     denoise = model.denoiser(prompt, guidance)
-    return lambda: denoise(x, SIGMA, None).x0
+    return lambda: denoise(x, SIGMA).x0
 
 
 def their_step(unet: nn.Module, config: Config, x: Tensor, prompt: Prompt, explicit: Explicit | None = None) -> Step:
-    """A step of diffusers' network guided by plain CFG; or, where its attention is explicit, by official S-CFG from the kept maps."""
+    """A step of diffusers' network by plain CFG; or, with explicit attention, by official S-CFG from its maps."""
     side = x.shape[-1]
     context = torch.cat([prompt.context["uncond"], prompt.context["cond"]]).to(unet.dtype)
     sizes = torch.tensor([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 2, device=x.device, dtype=unet.dtype)
-    added = {"text_embeds": torch.cat([*prompt.pooled.values()]).to(unet.dtype), "time_ids": sizes} if prompt.pooled else None
-    t = torch.tensor(time_of(SIGMA), device=x.device)
+    added = None
+    if prompt.pooled:
+        added = {"text_embeds": torch.cat([*prompt.pooled.values()]).to(unet.dtype), "time_ids": sizes}
+    t = torch.tensor(MOMENT.t, device=x.device)
 
     def step() -> Tensor:
-        scaled = (x / math.sqrt(SIGMA ** 2 + 1)).to(unet.dtype)
+        scaled = (x / math.sqrt(SIGMA**2 + 1)).to(unet.dtype)
         out = unet(torch.cat([scaled] * 2), t, encoder_hidden_states=context, added_cond_kwargs=added).sample
         uncond, cond = out.float().chunk(2)
-        scale = RULE(cond - uncond, segment(explicit.maps()), SIGMA) if explicit else GAMMA
-        return to_x0(x, SIGMA, uncond + scale * (cond - uncond), "eps")
+        outputs = Outputs(x, cond, uncond, None, cond - uncond, MOMENT.to_x0(x, cond), MOMENT.dx0_dout)
+        scale = RULE(outputs, segment_maps(explicit.maps()), MOMENT) if explicit else GAMMA
+        return MOMENT.to_x0(x, uncond + scale * outputs.difference)
+
     return step
 
 
@@ -126,7 +142,11 @@ def steps(reference: nn.Module, config: Config, side: int, compiled: bool = Fals
     if compiled:
         model.unet.compile(fullgraph=True)
         reference.compile(fullgraph=True)
-    ours = {name: our_step(model, guidance, x, prompt)
-            for name, guidance in (("CFG", CFG(GAMMA)), ("S-CFG", RULE), ("S-CFG, paper", PAPER_RULE))}
-    return ours | {"diffusers CFG": their_step(reference, config, x, prompt),
-                   "diffusers S-CFG, explicit": their_step(hooked.eval(), config, x, prompt, explicit)}
+    ours = {
+        name: our_step(model, guidance, x, prompt)
+        for name, guidance in (("CFG", CFG(GAMMA)), ("S-CFG", RULE), ("S-CFG, paper", PAPER_RULE))
+    }
+    return ours | {
+        "diffusers CFG": their_step(reference, config, x, prompt),
+        "diffusers S-CFG, explicit": their_step(hooked.eval(), config, x, prompt, explicit),
+    }

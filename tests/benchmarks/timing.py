@@ -1,4 +1,5 @@
 """Contenders timed in turns, and the ratios of their times."""
+
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +23,13 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def alternated(contenders: dict[str, Callable[[], Any]], rounds: int, warm: bool = False) -> dict[str, list[float]]:
-    """Seconds of every contender, once a round, each round beginning with another; unless they are warm, one round before is not counted."""
+    """Seconds of every contender, once a round, each round beginning with another.
+
+    Unless they are warm, one round before is not counted.
+    """
     names, seconds = list(contenders), {name: [] for name in contenders}
     for turn in trange(0 if warm else -1, rounds, desc="rounds", leave=False):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             taken = timed(contenders[name])
             if turn >= 0:
                 seconds[name].append(taken)

@@ -1,4 +1,4 @@
-"""scfg's models of the small files, seeded noise, the one measure of error, and the fixture that every test module imports."""
+"""scfg's models of the small files, noise by seed, the one measure of error, and a fixture for every test module."""
 
 from functools import cache
 from typing import Iterator

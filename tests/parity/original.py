@@ -7,8 +7,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 # Renamings from diffusers' names to the original ones, tried on every name in this order.
-RESNET = [("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
-          ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection")]
+RESNET = [
+    ("norm1", "in_layers.0"),
+    ("conv1", "in_layers.2"),
+    ("time_emb_proj", "emb_layers.1"),
+    ("norm2", "out_layers.0"),
+    ("conv2", "out_layers.3"),
+    ("conv_shortcut", "skip_connection"),
+]
 UNET = [
     (r"^conv_in", lambda m: "input_blocks.0.0"),
     (r"^time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
@@ -30,14 +36,25 @@ VAE = [
     (r"up_blocks\.(\d)\.", lambda m: f"up.{3 - int(m[1])}."),
     (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
     (r"mid_block\.attentions\.0", lambda m: "mid.attn_1"),
-    (r"resnets", "block"), (r"(down|up)samplers\.0", r"\1sample"), (r"conv_norm_out", "norm_out"),
-    (r"conv_shortcut", "nin_shortcut"), (r"group_norm", "norm"), (r"to_([qkv])\.", r"\1."), (r"to_out\.0", "proj_out"),
+    (r"resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
 ]
 CLIP = [(r"^(?!text_model\.)", "text_model.")]
 OPEN_CLIP = [
-    (r"^text_model\.", ""), (r"^embeddings\.position_embedding\.weight", "positional_embedding"), (r"^embeddings\.", ""),
-    (r"^encoder\.layers", "transformer.resblocks"), (r"layer_norm([12])", r"ln_\1"), (r"self_attn", "attn"),
-    (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"), (r"^final_layer_norm", "ln_final"),
+    (r"^text_model\.", ""),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm([12])", r"ln_\1"),
+    (r"self_attn", "attn"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"^final_layer_norm", "ln_final"),
     (r"^text_projection\.weight", "text_projection"),
 ]
 
@@ -57,14 +74,19 @@ def unet(module: nn.Module) -> dict[str, Tensor]:
     """A U-Net; an upsampler stands behind the block's attention where it has one."""
     result = renamed(module.state_dict(), UNET)
     attended = {name.split(".")[1] for name in result if re.match(r"output_blocks\.\d+\.1\.", name)}
-    return renamed(result, [(r"^output_blocks\.(\d+)\.upsampler", lambda m: f"output_blocks.{m[1]}.{2 if m[1] in attended else 1}")])
+    return renamed(
+        result,
+        [(r"^output_blocks\.(\d+)\.upsampler", lambda m: f"output_blocks.{m[1]}.{2 if m[1] in attended else 1}")],
+    )
 
 
 def vae(module: nn.Module) -> dict[str, Tensor]:
     """An autoencoder, whose attention is made of 1x1 convolutions."""
     result = renamed(module.state_dict(), VAE)
-    return {name: value[:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) else value
-            for name, value in result.items()}
+    return {
+        name: value[:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name) else value
+        for name, value in result.items()
+    }
 
 
 def clip(module: nn.Module) -> dict[str, Tensor]:
@@ -73,7 +95,7 @@ def clip(module: nn.Module) -> dict[str, Tensor]:
 
 
 def open_clip(module: nn.Module) -> dict[str, Tensor]:
-    """An open_clip text tower: one matrix for query, key and value; the projection, if any, is a factor from the right."""
+    """An open_clip text tower: one matrix for query, key and value; a projection is a factor from the right."""
     result = renamed(module.state_dict(), OPEN_CLIP)
     for name in [name for name in result if ".q_proj." in name]:
         joined = torch.cat([result.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")])
@@ -109,5 +131,8 @@ def text(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 def original(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """All weights of a pipeline as an original file holds them."""
-    return {**{"model.diffusion_model." + name: value for name, value in unet(pipe.unet).items()},
-            **{"first_stage_model." + name: value for name, value in vae(pipe.vae).items()}, **text(pipe)}
+    return {
+        **{"model.diffusion_model." + name: value for name, value in unet(pipe.unet).items()},
+        **{"first_stage_model." + name: value for name, value in vae(pipe.vae).items()},
+        **text(pipe),
+    }

@@ -2,8 +2,15 @@
 
 import numpy as np
 import torch
-from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
-                       HeunDiscreteScheduler, SchedulerMixin, UniPCMultistepScheduler)
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -17,11 +24,13 @@ class Unrounded:
         super().set_timesteps(*args, **kwargs)
         if self.config.use_karras_sigmas:
             table = np.log(((1 - self.alphas_cumprod.double()) / self.alphas_cumprod.double()).sqrt().numpy())
-            self.timesteps = torch.tensor([float(self._sigma_to_t(sigma, table)) for sigma in self.sigmas[:-1].double().numpy()])
+            self.timesteps = torch.tensor(
+                [float(self._sigma_to_t(sigma, table)) for sigma in self.sigmas[:-1].double().numpy()]
+            )
 
 
 class UnitStart:
-    """Starts from unit variance after scaling, x = sqrt(sigma^2 + 1) * noise, also where diffusers takes sigma * noise."""
+    """Starts from unit variance after scaling, sqrt(sigma^2 + 1) * noise, also where diffusers takes sigma * noise."""
 
     @property
     def init_noise_sigma(self) -> Tensor:
@@ -49,7 +58,14 @@ class Heun(UnitStart, HeunDiscreteScheduler):
     """Heun."""
 
 
-SCHEDULERS = {"dpmpp_2m": DPM, "dpmpp_2m_sde": DPM, "euler": Euler, "euler_ancestral": Ancestral, "heun": Heun, "unipc": UniPC}
+SCHEDULERS = {
+    "dpmpp_2m": DPM,
+    "dpmpp_2m_sde": DPM,
+    "euler": Euler,
+    "euler_ancestral": Ancestral,
+    "heun": Heun,
+    "unipc": UniPC,
+}
 
 
 def scheduler(sampler: str, spacing: str, prediction: str = "eps") -> SchedulerMixin:
@@ -57,5 +73,5 @@ def scheduler(sampler: str, spacing: str, prediction: str = "eps") -> SchedulerM
     common = {**BETAS, "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction], "steps_offset": 1}
     common |= {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     if sampler == "ddim":
-        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=spacing == "trailing")
+        return DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=spacing != "leading")
     return SCHEDULERS[sampler](**common, **({"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}))

@@ -1,4 +1,4 @@
-"""The benchmark's contenders compute the same: at small width, ours against diffusers' with fused and with explicit attention."""
+"""The benchmark's contenders compute the same, at small width: diffusers' has fused and explicit attention."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files, networks and texts against diffusers at small width with the same random weights; every expected value is its own."""
+"""Files, networks and texts against diffusers at small width, with the same random weights."""
 
 import json
 import re
@@ -15,12 +15,18 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers.loaders.single_file_utils import (  # noqa: E402
-    convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint)
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 
 import scfg  # noqa: E402
 from compare import TEXT, close, model, no_gradients, normal  # noqa: E402, F401
 from original import vae as autoencoder  # noqa: E402
 from small import FAMILIES, reference  # noqa: E402
+
+from scfg.prompting import encode, tokenize  # noqa: E402
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -74,23 +80,34 @@ def test_towers(family: str) -> None:
         for name, value in tower.state_dict().items():
             name = name.removeprefix("text_model.")
             assert torch.equal(read[name], value)
-            assert torch.equal(ours.state_dict()[name if name == "text_projection.weight" else f"transformer.{name}"], value)
+            assert torch.equal(
+                ours.state_dict()[name if name == "text_projection.weight" else f"transformer.{name}"], value
+            )
 
 
 @every_family
 @pytest.mark.parametrize("height, width", [(32, 32), (13, 19), (26, 38)])
 def test_unet(family: str, height: int, width: int) -> None:
-    """Square, and as 1216x832 pixels are, also with odd sides; at whole and fractional timesteps, with sizes where there are any."""
+    """Square, and as 1216x832 pixels are, also with odd sides; at whole and fractional timesteps."""
     unet = reference(family).pipe.unet
-    x, context, t = normal(2, 4, height, width), normal(2, 77, unet.config.cross_attention_dim, seed=1), torch.tensor([740.25, 3.0])
+    x, context, t = (
+        normal(2, 4, height, width),
+        normal(2, 77, unet.config.cross_attention_dim, seed=1),
+        torch.tensor([740.25, 3.0]),
+    )
     vector, added = None, None
     if "sdxl" in family:
         numbers = torch.tensor([[104.0, 152, 0, 8, 104, 152], [832, 1216, 0, 0, 1024, 1024]])
-        numbers = torch.cat([numbers[:, :4], torch.tensor([[6.0], [2.5]])], dim=1) if family == "sdxl_refiner" else numbers
+        numbers = (
+            torch.cat([numbers[:, :4], torch.tensor([[6.0], [2.5]])], dim=1) if family == "sdxl_refiner" else numbers
+        )
         pooled = normal(2, unet.config.projection_class_embeddings_input_dim - 256 * numbers.shape[1], seed=2)
         vector = torch.cat([pooled, unet.add_time_proj(numbers.flatten()).reshape(2, -1)], dim=1)
         added = {"text_embeds": pooled, "time_ids": numbers}
-    close(model(family).unet(x, t, context, vector)[0], unet(x, t, context, added_cond_kwargs=added).sample)
+    close(
+        model(family).unet(x, t, scfg.Conditioning(context, vector))[0],
+        unet(x, t, context, added_cond_kwargs=added).sample,
+    )
 
 
 @every_family
@@ -110,22 +127,29 @@ def test_vae(family: str, height: int, width: int) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_another_vae(tmp_path: Path, prefix: str) -> None:
-    """A file of nothing but an autoencoder takes the place of the checkpoint's; the latent's scale stays the family's."""
+    """A file of nothing but an autoencoder replaces the checkpoint's; the latent's scale stays the family's."""
     pipe, latent = reference("sd2").pipe, normal(1, 4, 8, 13)
-    save_file({prefix + name: value.contiguous() for name, value in autoencoder(pipe.vae).items()}, tmp_path / "vae.safetensors")
+    save_file(
+        {prefix + name: value.contiguous() for name, value in autoencoder(pipe.vae).items()},
+        tmp_path / "vae.safetensors",
+    )
     with pytest.warns(UserWarning, match="family"):
         ours = scfg.load(reference("sdxl").checkpoint, vae=tmp_path / "vae.safetensors")
     sampled = pipe.vae.decode(latent / reference("sdxl").pipe.vae.config.scaling_factor).sample
     close(ours.decode(latent), pipe.image_processor.postprocess(sampled, output_type="pt"))
 
 
-def encoded(family: str, texts: list[str], negatives: list[str] | None, clip_skip: int | None = None) -> dict[str, dict[str, Tensor]]:
+def encoded(
+    family: str, texts: list[str], negatives: list[str] | None, clip_skip: int | None = None
+) -> dict[str, dict[str, Tensor]]:
     """diffusers' contexts and pooled states by row."""
     pipe = reference(family).pipe
     if "sdxl" in family:
-        cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(texts, device="cpu", negative_prompt=negatives, clip_skip=clip_skip)
+        cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
+            texts, device="cpu", negative_prompt=negatives, clip_skip=clip_skip
+        )
         return {"context": {"uncond": uncond, "cond": cond}, "pooled": {"uncond": pooled_uncond, "cond": pooled}}
-    tower = pipe.text_encoder                                     # diffusers looks for the norm where older transformers had it
+    tower = pipe.text_encoder  # diffusers looks for the norm where older transformers had it
     tower.text_model = SimpleNamespace(final_layer_norm=tower.final_layer_norm)
     cond, uncond = pipe.encode_prompt(texts, "cpu", 1, True, negatives, clip_skip=clip_skip)
     return {"context": {"uncond": uncond, "cond": cond}, "pooled": {}}
@@ -147,23 +171,34 @@ def test_text(family: str, negative: str | None) -> None:
 
 @every_family
 def test_long_text(family: str) -> None:
-    """Every chunk is told as a prompt of its own; the pooled state is the first one's."""
+    """Every chunk is encoded as a prompt of its own; the pooled state is the first one's."""
     long = "red dog on a cat " * 30
-    words = model(family).text.tokenize(long).words
+    words = tokenize(model(family).text, long).words
     assert [word.start for word in words if word.start % 77 == 1] == [1, 78]
     chunks = [" ".join(word.text for word in words if word.start // 77 == i) for i in range(2)]
-    expected, prompt = encoded(family, chunks, ["blue dog", ""]), model(family).prompt(long, negative="blue dog")
+    expected, prompt = encoded(family, chunks, ["blue dog", ""]), encode(model(family), long, negative="blue dog")
     close(prompt.context["cond"], rearrange(expected["context"]["cond"], "chunks t d -> 1 (chunks t) d"))
-    close(prompt.context["uncond"], expected["context"]["uncond"][:1])        # one chunk is enough for it
+    close(prompt.context["uncond"], expected["context"]["uncond"][:1])  # one chunk is enough for it
     for row, value in expected["pooled"].items():
         close(prompt.pooled[row], value[:1])
 
 
-@pytest.mark.parametrize("family, ours, theirs", [
-    ("sd1", 1, 0), ("sd1", 2, 1), ("sd1", 3, 2), ("sd2", 2, 0), ("sd2", 3, 1), ("sdxl", 2, 0), ("sdxl", 3, 1), ("sdxl_refiner", 4, 2)])
+@pytest.mark.parametrize(
+    "family, ours, theirs",
+    [
+        ("sd1", 1, 0),
+        ("sd1", 2, 1),
+        ("sd1", 3, 2),
+        ("sd2", 2, 0),
+        ("sd2", 3, 1),
+        ("sdxl", 2, 0),
+        ("sdxl", 3, 1),
+        ("sdxl_refiner", 4, 2),
+    ],
+)
 def test_clip_skip(family: str, ours: int, theirs: int) -> None:
-    """Layers counted from the last, where diffusers counts on from the family's own; scfg's holds for the negative too."""
-    prompt = model(family).prompt([TEXT, "dog"], negative="blue dog", clip_skip=ours)
+    """Layers counted from the last, for the negative too; diffusers counts on from the family's own."""
+    prompt = model(family).prompt([TEXT, "dog"], negative="blue dog", layer_from_end=ours)
     for row, texts in ("cond", [TEXT, "dog"]), ("uncond", ["blue dog"] * 2):
         expected = encoded(family, texts, None, clip_skip=theirs)
         close(prompt.context[row].expand_as(expected["context"]["cond"]), expected["context"]["cond"])

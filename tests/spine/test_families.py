@@ -77,7 +77,7 @@ def test_the_vector_is_pooled_text_and_sinusoids_of_sizes_or_score(load, name):
     placed = prompt.place(model.config, model.device, model.dtype)
     vector = placed.vector(("uncond", "cond"), (1, 4, 104, 152))  # 832 x 1216 pixels
     assert torch.equal(vector[:, :48], torch.cat([prompt.pooled["uncond"], prompt.pooled["cond"]]))
-    for row, score in zip(vector[:, 48:], (2.5, 6.0)):
+    for row, score in zip(vector[:, 48:], (2.5, 6.0), strict=True):
         numbers = (832, 1216, 0, 0, score) if name == "sdxl_refiner" else (832, 1216, 0, 0, 832, 1216)
         for number, sinusoids in zip(numbers, row.split(256), strict=True):
             for i in (0, 1, 64, 127):
@@ -111,7 +111,11 @@ def test_an_all_zero_unconditional_context_takes_its_foreground_from_the_other_h
     assert torch.equal(found.regions.foreground, expected.foreground) and 0 < expected.foreground.mean() < 1
     assert torch.equal(found.regions.tokens, expected.tokens)
     assert model.denoiser(zeros, SCFG(5.0))(x, 3.0, found).flags[ZEROS].tolist() == [2, 2]
-    for prompt, rule in ((model.prompt(["cat dog", "dog"], ""), SCFG(5.0)), (zeros, SCFG.paper(5.0)), (zeros, CFG(5.0))):
+    for prompt, rule in (
+        (model.prompt(["cat dog", "dog"], ""), SCFG(5.0)),
+        (zeros, SCFG.paper(5.0)),
+        (zeros, CFG(5.0)),
+    ):
         assert ZEROS not in model.denoiser(prompt, rule)(x, 3.0).flags
     uncond = torch.stack([zeros.context["uncond"][0], seeded(77, 192)])
     found = model.denoiser(replace(zeros, context=zeros.context | {"uncond": uncond}), SCFG(5.0))(x, 3.0)

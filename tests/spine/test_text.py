@@ -143,7 +143,20 @@ def test_a_text_is_taken_literally(model):
     """Brackets and BREAK are words like any other."""
     text = tower(32)
     prompt = model(text).prompt("(the cat:1.5) BREAK [cat]")
-    assert [word.text for word in prompt.words[0]] == ["(", "the", "cat", ":", "1", ".", "5", ")", "BREAK", "[", "cat", "]"]
+    assert [word.text for word in prompt.words[0]] == [
+        "(",
+        "the",
+        "cat",
+        ":",
+        "1",
+        ".",
+        "5",
+        ")",
+        "BREAK",
+        "[",
+        "cat",
+        "]",
+    ]
     assert prompt.context["cond"].shape == (1, 32, 64)
     ids = [NUMBERS[letter + "</w>"] for letter in "([])"]
     assert set(ids) <= set(text.tokenize("(the cat:1.5) [cat]")[0])

@@ -12,9 +12,7 @@ from scfg.unet import LEAST, UNet
 
 CAPTION = "a red car left of a blue star on grass"
 OTHER = "a pink fish at sea"
-LONG = (
-    "a yellow key below a green ball in snow at night above an orange house on brick left of a purple boat at sea"
-)
+LONG = "a yellow key below a green ball in snow at night above an orange house on brick left of a purple boat at sea"
 LEFT = torch.zeros(16, 16)
 LEFT[:, :8] = 1
 FULL, EMPTY = scfg.mask(torch.ones(16, 16)), scfg.mask(torch.zeros(16, 16))
@@ -277,16 +275,18 @@ def test_a_part_that_is_nearly_nowhere_has_no_say_and_is_told(flat):
     areas.append(scfg.mask(torch.stack([tiny, torch.ones(64, 64)])[:, None]))
     first = flat.denoiser(whole, SCFG(3.0))(x, 5.0)
     plain = flat.denoiser(whole, CFG(3.0))(x, 5.0, first).x0
-    for area, pictures in zip(areas, ([1, 1], [1, 1], [1, 0])):
+    for area, pictures in zip(areas, ([1, 1], [1, 1], [1, 0]), strict=True):
         prompt = RegionalPrompt(whole, (Part(area, fish),))
         found = flat.denoiser(prompt, CFG(3.0))(x, 5.0, first._replace(flags={}))
         assert {name: n.tolist() for name, n in found.flags.items()} == {f"{area.label} {NOWHERE}": pictures}
         for i, nowhere in enumerate(pictures):
             assert (error(found.x0[i], plain[i]) < 1e-5) == bool(nowhere)
     tiny[0, 15] = 1
-    assert not flat.denoiser(RegionalPrompt(whole, (Part(areas[0], fish),)), CFG(3.0))(x, 5.0).flags[
-        f"a mask {NOWHERE}"
-    ].any()
+    assert (
+        not flat.denoiser(RegionalPrompt(whole, (Part(areas[0], fish),)), CFG(3.0))(x, 5.0)
+        .flags[f"a mask {NOWHERE}"]
+        .any()
+    )
 
 
 def test_flags_are_counted_over_a_run(flat):

@@ -1,3 +1,6 @@
+"""The toy world: captions, pictures and masks from seeds."""
+
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -25,8 +28,12 @@ def test_captions_say_what_is_there_in_known_words():
         if scene.relation:
             first, second = scene.things
             assert f"{first.name} {scene.relation} a" in scene.caption
-            ahead = {"left of": second.x - first.x, "right of": first.x - second.x,
-                     "above": second.y - first.y, "below": first.y - second.y}
+            ahead = {
+                "left of": second.x - first.x,
+                "right of": first.x - second.x,
+                "above": second.y - first.y,
+                "below": first.y - second.y,
+            }
             assert ahead[scene.relation] > 0.3
 
 
@@ -43,14 +50,32 @@ def test_masks_cover_the_objects_and_nothing_else():
 
 
 def test_training_sees_every_composition_but_those_kept_from_it():
-    seen, unseen = [flatland.compose(seed) for seed in range(6000)], [flatland.compose(seed, seen=False) for seed in range(1000)]
+    seen, unseen = (
+        [flatland.compose(seed) for seed in range(6000)],
+        [flatland.compose(seed, seen=False) for seed in range(1000)],
+    )
     kinds = {(name, colour) for name in flatland.OBJECTS for colour in flatland.COLOURS}
     pairs = {frozenset(pair) for pair in combinations(flatland.OBJECTS, 2)}
     assert flatland.UNSEEN_KINDS <= kinds and flatland.UNSEEN_PAIRS <= pairs
     assert len(flatland.UNSEEN_KINDS) == round(len(kinds) / 10) and len(flatland.UNSEEN_PAIRS) == len(pairs) // 10
     assert {(thing.name, thing.colour) for scene in seen for thing in scene.things} == kinds - flatland.UNSEEN_KINDS
-    assert {frozenset(t.name for t in scene.things) for scene in seen if scene.relation} >= pairs - flatland.UNSEEN_PAIRS
+    assert {
+        frozenset(t.name for t in scene.things) for scene in seen if scene.relation
+    } >= pairs - flatland.UNSEEN_PAIRS
     for scene in seen + unseen:
-        new = {(t.name, t.colour) for t in scene.things} & flatland.UNSEEN_KINDS or frozenset(t.name for t in scene.things) in flatland.UNSEEN_PAIRS
+        new = {(t.name, t.colour) for t in scene.things} & flatland.UNSEEN_KINDS or frozenset(
+            t.name for t in scene.things
+        ) in flatland.UNSEEN_PAIRS
         assert scene.seen == (not new)
     assert all(scene.seen for scene in seen) and not any(scene.seen for scene in unseen)
+
+
+def test_the_embedded_model_is_of_this_world(flat):
+    """Its config is the world's but for what training fills in, and it knows the world's words, each one token."""
+    filled = {"latent_scale": flat.config.latent_scale, "text": flat.config.text}
+    assert replace(flatland.FLATLAND, **filled) == flat.config
+    assert replace(flat.config.text[0], vocabulary=flatland.FLATLAND.text[0].vocabulary) == flatland.FLATLAND.text[0]
+    assert flat.text.known_words == set(flatland.WORDS)
+    for word in flatland.WORDS:
+        ids, words = flat.text.tokenize(word)
+        assert len(ids) == 3 and [own.text for own in words] == [word]
