@@ -41,7 +41,8 @@ def run(args: Namespace) -> Tensor:
             times[3] += time.perf_counter() - sampled
             latents.append(step.latent)
             flags.append((seeds, record.flags))
-    print(*note_lines(flags, args.steps), sep="\n", end="\n" if flags else "")
+    for line in note_lines(flags, args.steps):
+        print(line)
     print(f"load {times[1] - times[0]:.1f} s, sampling {times[2]:.1f} s, decoding and writing {times[3]:.1f} s")
     return torch.cat(latents)
 

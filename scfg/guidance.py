@@ -167,7 +167,8 @@ class Guidance:
         for name in ("scale", "direction", "rescale", "when"):
             slot = getattr(self, name)
             if not callable(slot) and (slot is not None or name == "scale"):
-                raise BadInput(f"Guidance.{name} must be callable, such as CFG(7.5) as scale, not {slot!r}")
+                such = "such as CFG(7.5), " if name == "scale" else ""
+                raise BadInput(f"Guidance.{name} must be callable, {such}not {slot!r}")
         if self.perturb is not None and not hasattr(self.perturb, "attend"):
             raise BadInput(
                 f"Guidance.perturb must have scale, layers and attend, such as PAG(3.0), not {self.perturb!r}"

@@ -215,7 +215,7 @@ class Text(nn.Module):
         unknown = sorted({word.text for word in words if word.text.lower() not in self.known_words})
         if self.known_words and unknown:
             names, known = ", ".join(map(repr, unknown)), " ".join(sorted(self.known_words))
-            warnings.warn(f"this model never saw {names}; it knows: {known}", stacklevel=4)
+            warnings.warn(f"this model never saw {names}; it knows: {known}", stacklevel=5)
 
     def encode(
         self, ids: Sequence[Sequence[int]], device: torch.device, layer_from_end: int | None = None

@@ -21,5 +21,5 @@ class PAG:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Identity self-attention in the layers; elsewhere the network's own attention."""
-        here = any(site.block.startswith(f"{layer}.") for layer in self.layers)
+        here = any(f"{site.block}.".startswith(f"{layer}.") for layer in self.layers)
         return v if here and site.kind == "self" else attention(q, k, v, site)

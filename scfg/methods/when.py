@@ -31,6 +31,10 @@ class Ramp:
     last: float = 2.0
     shape: Literal["linear", "cosine"] = "linear"
 
+    def __post_init__(self) -> None:
+        if self.shape not in ("linear", "cosine"):
+            raise BadInput(f"a ramp is linear or cosine, not {self.shape!r}")
+
     def __call__(self, moment: Moment) -> float:
         done = moment.progress if self.shape == "linear" else (1 - cos(pi * moment.progress)) / 2
         return self.first + (self.last - self.first) * done

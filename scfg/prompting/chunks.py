@@ -53,7 +53,8 @@ def tokenize(text: Text, prompt: str) -> Tokenized:
                     chunks[-1:] = [full[:fits], full[fits:]]
                 chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids[:room]]
                 names.append(name)
-    chunks = chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # nothing follows a last BREAK
+    while len(chunks) > 1 and not chunks[-1]:  # nothing follows a last BREAK
+        chunks.pop()
     places = {}
     for number, chunk in enumerate(chunks):
         for i, token in enumerate(chunk):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..errors import BadInput
 from ..guidance import Row
 from ..schedule import Moment
 from ..segment import Tokens
@@ -29,6 +30,10 @@ class Part:
     def __post_init__(self) -> None:
         if isinstance(self.area, str):
             object.__setattr__(self, "area", parse_area(self.area))
+        if isinstance(self.prompt, str):
+            raise BadInput(f"a part's prompt is encoded: give model.prompt({self.prompt!r})")
+        if not 0 <= self.base <= 1:
+            raise BadInput(f"base is a share from 0 to 1, not {self.base}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class RegionalPrompt:
 
     whole: Prompt
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.whole, str):
+            raise BadInput(f"the whole prompt is encoded: give model.prompt({self.whole!r})")
 
     @property
     def words(self) -> tuple:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import BadInput
 from ..guidance import Outputs, Rule
 from ..schedule import Moment
 from ..segment import OFFICIAL, Recipe, Regions
@@ -24,6 +25,8 @@ class Region:
     def __post_init__(self) -> None:
         if isinstance(self.area, str):
             object.__setattr__(self, "area", parse_area(self.area))
+        if not 0 <= self.start <= self.end <= 1:
+            raise BadInput(f"a region acts from start to end, shares of the run, not from {self.start} to {self.end}")
 
     def acts(self, moment: Moment) -> bool:
         return self.start <= moment.progress <= self.end

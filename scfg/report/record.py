@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..denoise import Denoised, Denoiser
 from ..diffusion import Step
+from ..errors import BadInput
 from ..samplers import Denoise
 from ..segment import OFFICIAL
 
@@ -38,6 +39,8 @@ class Record:
     def add(self, step: Step) -> None:
         middle, denoised = middle_third(step.count), step.denoised
         if step.index in middle:
+            if denoised.regions is None:
+                raise BadInput("these steps found no regions: give run() the denoiser through scfg.report.watch")
             self.scores = self.scores + denoised.regions.scores / len(middle)
         self.scale = self.scale + denoised.scale[:, 0] / step.count
         self.flags = denoised.flags

@@ -244,6 +244,7 @@ def test_printing_a_guidance_shows_the_order_and_the_rows():
     assert str(Guidance(scale=CFG(5.0))).splitlines()[-1] == "rows a step: 2 (uncond, cond)"
 
 
+# This and the next fail while PAG.attend does not know a block by its whole name, which Diffusion.denoiser accepts.
 def test_perturbed_attention_is_the_identity_in_its_layers_and_nowhere_else():
     q, k, v = (seeded(1, 2, 6, 8, seed=seed) for seed in (1, 2, 3))
     pag, bias = PAG(layers=("input_blocks.1", "middle_block.1.transformer_blocks.0")), seeded(1, 1, 6, 6)
