@@ -75,8 +75,10 @@ class Schedule:
             ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
             return [*(ramp**7).tolist(), 0.0]
         if spacing == "leading":  # the offset of one has no room where every timestep is a step
-            t = (np.arange(steps) * (self.timesteps // steps) + (steps < self.timesteps))[::-1]
-            return [*self.sigmas[t].tolist(), 0.0 if to_zero else float(self.sigmas[0])]
+            drop = int(drop_lowest and steps < self.timesteps)
+            t = np.arange(drop, steps + drop) * (self.timesteps // (steps + drop))
+            t = (t + (steps + drop < self.timesteps))[::-1]
+            return [*self.sigmas[t].tolist(), 0.0 if to_zero or steps == self.timesteps else float(self.sigmas[0])]
         if spacing == "linspace":
             drop = int(drop_lowest and steps < self.timesteps)
             t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]

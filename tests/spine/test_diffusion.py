@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_a_model_samples_with_any_callable(flat):
     by_name = last(flat.sample(TEXT, CFG(4.0), sampler="euler", steps=2)).latent
     for sampler in (SAMPLERS["euler"], functools.partial(SAMPLERS["euler"]), lambda *given: SAMPLERS["euler"](*given)):
         assert torch.equal(last(flat.sample(TEXT, CFG(4.0), sampler=sampler, steps=2)).latent, by_name)
+
+
+@dataclass
+class Unhashable:
+    """As dataclasses are unless they are frozen."""
+
+    def __call__(self, *given):
+        return SAMPLERS["euler"](*given)
+
+
+def test_a_sampler_need_not_be_hashable(flat):
+    # FAILS with TypeError: run() looks it up in SAMPLERS and sigmas() in MULTISTEP before they know it for a name
+    by_name = [step.x for step in run(half, "euler", START, [4.0, 2.0, 0.0], quiet)]
+    assert all(map(torch.equal, by_name, [step.x for step in run(half, Unhashable(), START, [4.0, 2.0, 0.0], quiet)]))
+    assert flat.sigmas(4, Unhashable()) == flat.sigmas(4, "euler")
 
 
 @pytest.mark.parametrize("sampler", [None, 3, "leapfrog"])

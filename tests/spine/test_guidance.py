@@ -252,7 +252,11 @@ def test_a_slot_that_cannot_be_called_is_named(slot):
 
 
 def test_flat_maps_are_plain_guidance_and_say_so():
-    flat, said, sentence = halves()._replace(scores=torch.ones(2, 5, 6, 8)), of(seeded(*SHAPE)), "attention shows no regions"
+    flat, said, sentence = (
+        halves()._replace(scores=torch.ones(2, 5, 6, 8)),
+        of(seeded(*SHAPE)),
+        "attention shows no regions",
+    )
     sentence = f"{sentence}: plain CFG there"
     said.difference[..., :8] *= 2
     assert flat.contrast().flatten().tolist() == [1, 1]
@@ -330,7 +334,11 @@ def test_what_a_rule_cannot_give_is_refused_in_one_line(value, named):
 
 def test_a_rule_is_given_what_the_direction_slot_made_of_the_difference():
     given = []
-    guided(lambda outputs, regions, moment: given.append((outputs, regions, moment)) or 3.0, regions=halves(), direction=doubled)
+    guided(
+        lambda outputs, regions, moment: given.append((outputs, regions, moment)) or 3.0,
+        regions=halves(),
+        direction=doubled,
+    )
     ((seen, regions, moment),), (said, _) = given, at(1.0)
     assert torch.equal(seen.difference, 2 * (said.cond - said.uncond)) and moment is NOW
     assert all(torch.equal(a, b) for a, b in zip(regions[:3], halves()[:3]))

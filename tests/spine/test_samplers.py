@@ -30,7 +30,7 @@ def denoise(x, sigma, previous):
 
 
 def final(sampler, steps: int, **options) -> tuple[Tensor, float]:
-    """Coefficients of the first noise and of those drawn later, from sigma 10 to 0.1; and the exact standard deviation there."""
+    """Coefficients of the first noise and of those drawn later, from 10 to 0.1; and the exact deviation there."""
     x, drawn = torch.zeros(steps + 1, dtype=torch.float64), iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
     x[0] = np.sqrt(DEVIATION**2 + 100)
     *_, (found, _) = sampler(denoise, x, np.geomspace(10, 0.1, steps + 1).tolist(), lambda: next(drawn), **options)
@@ -167,7 +167,11 @@ def test_unipc_goes_on_from_what_was_sent(at):
         for _ in range(at + 1):
             next(steps)
         ends.append(steps.send(torch.full((3,), sent))[0])
-    q, gain, r = target / sigma, DEVIATION**2 / (DEVIATION**2 + sigma**2), np.log(before / sigma) / np.log(sigma / target)
+    q, gain, r = (
+        target / sigma,
+        DEVIATION**2 / (DEVIATION**2 + sigma**2),
+        np.log(before / sigma) / np.log(sigma / target),
+    )
     slope = q + (1 - q) * gain * (1 + 1 / (2 * r))
     assert torch.allclose(ends[1] - ends[0], torch.full((3,), slope, dtype=torch.float32), atol=1e-5)
 

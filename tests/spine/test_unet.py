@@ -137,7 +137,7 @@ def test_rows_that_share_x_equal_rows_with_their_own(tiny):
 
 @torch.no_grad()
 def test_a_vector_reaches_the_output():
-    """XL's structure in small: no transformer in the first level, several blocks in one, linear projections, a vector."""
+    """XL's structure in small: no transformer in the first level, several blocks in one, linear layers, a vector."""
     torch.manual_seed(0)
     config = UNetConfig(
         context_dim=16,
@@ -421,7 +421,7 @@ def test_a_text_of_the_least_weight_is_silent(tiny):
 
 @torch.no_grad()
 def test_a_weight_acts_at_its_pixels(tiny):
-    """In the first block, whose pixels are the weight's own, attention on either side is to the text that counts there."""
+    """In the first block, whose pixels are the weight's own, either side attends to the text that counts there."""
     x, t, _ = some_inputs()
     text, other, attended = seeded(1, 20, 48), seeded(1, 12, 48, seed=1), {}
 
