@@ -45,7 +45,7 @@ def test_time_inverts_the_table_and_is_linear_in_log_sigma():
 def test_every_spacing_falls(spacing, steps, drop_lowest, rounded, to_zero):
     sigmas = SCHEDULE.spaced(spacing, steps, rounded, drop_lowest, to_zero)
     assert len(sigmas) == steps + 1 and all(a > b for a, b in zip(sigmas, sigmas[1:-1]))
-    at_the_floor = spacing == "leading" and not to_zero
+    at_the_floor = spacing == "leading" and not to_zero and steps < 1000
     assert sigmas[-1] == (SCHEDULE.sigmas[0] if at_the_floor else 0)
     # in a thousand steps the leading spacing's last step starts where without to_zero it would end
     assert sigmas[-2] > sigmas[-1] or (at_the_floor and steps == 1000)
