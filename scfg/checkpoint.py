@@ -105,11 +105,9 @@ def vae_sizes(vae: VAEConfig, tensors: Tensors) -> VAEConfig:
     channels = shape(tensors, FIRST_STAGE + "encoder.conv_in.weight")[0]
     levels = len({name.split(".")[3] for name in tensors if name.startswith(FIRST_STAGE + "encoder.down.")})
     norms = [shape(tensors, f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight") for i in range(levels)]
-    mult, latent = (
-        tuple(width // channels for (width,) in norms),
-        shape(tensors, FIRST_STAGE + "decoder.conv_in.weight"),
-    )
-    return replace(vae, channels=channels, channel_mult=mult, latent_channels=latent[1])
+    mult = tuple(width // channels for (width,) in norms)
+    latent_channels = shape(tensors, FIRST_STAGE + "decoder.conv_in.weight")[1]
+    return replace(vae, channels=channels, channel_mult=mult, latent_channels=latent_channels)
 
 
 def tower_tensors(tensors: Tensors) -> Tensors:

@@ -49,7 +49,7 @@ def run(
     sigmas = [float(sigma) for sigma in sigmas]
     if len(sigmas) < 2 or any(not a > b for a, b in pairwise(sigmas)) or not 0 <= sigmas[-1] < sigmas[0] < math.inf:
         raise BadInput("sigmas must be finite, strictly decreasing and at least 0; give two or more")
-    chosen = SAMPLERS.get(sampler, sampler)
+    chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
     if not callable(chosen):
         raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
@@ -137,7 +137,7 @@ class Diffusion:
 
     def sigmas(self, steps: int, sampler: str | Sampler = "dpmpp_2m", spacing: Spacing | None = None) -> list[float]:
         """The steps + 1 noise levels of a run, as is usual for the sampler; spacing: in place of the native one."""
-        sampler = getattr(sampler, "__name__", sampler)
+        sampler = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "")
         multistep, ddim = sampler in MULTISTEP, sampler == "ddim"
         levels = self.config.schedule.spaced(
             spacing or self.spacing(sampler), steps, rounded=multistep or ddim, drop_lowest=multistep, to_zero=not ddim

@@ -29,9 +29,8 @@ class Prompt:
     pooled: dict[str, Tensor] = field(default_factory=dict)  # uncond and cond (b p): the whole text, for XL
     words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
     chunk: int | None = None  # tokens from one start token of a long text to the next; None: the text is one chunk
-    lengths: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # of each text, in tokens of whole chunks; what follows is filler
+    # of each text, in tokens of whole chunks; what follows is filler
+    lengths: dict[str, tuple[int, ...]] = field(default_factory=dict)
     needs_regions = False  # whether its conditioning depends on the regions of the step before
 
     @property
@@ -163,6 +162,7 @@ class Tower(nn.Module):
 
     def on(self, device: torch.device) -> "Tower":
         """This tower if it is on the device, else a copy there; its parameters are moved without a copy on the way."""
+        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         if self.transformer.final_layer_norm.weight.device == device:
             return self
         moved = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in self.parameters()}

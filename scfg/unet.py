@@ -174,9 +174,8 @@ class Attention(nn.Module):
         if not captured:
             return out, None
         own, bias = call.conditioning.own if site.kind == "cross" else None, site.bias
-        if (
-            bias is not None
-        ):  # what all own tokens share cancels in their softmax; taken off first, it costs no precision
+        if bias is not None:
+            # what all own tokens share cancels in their softmax; taken off first, it costs no precision
             bias = bias[..., :own] - bias[..., :own].amax(-1, keepdim=True)
         return out, probabilities(q, k[:, :, :own], bias, call.capture.heads)
 

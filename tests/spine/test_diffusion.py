@@ -166,7 +166,6 @@ class Unhashable:
 
 
 def test_a_sampler_need_not_be_hashable(flat):
-    # FAILS with TypeError: run() looks it up in SAMPLERS and sigmas() in MULTISTEP before they know it for a name
     by_name = [step.x for step in run(half, "euler", START, [4.0, 2.0, 0.0], quiet)]
     assert all(map(torch.equal, by_name, [step.x for step in run(half, Unhashable(), START, [4.0, 2.0, 0.0], quiet)]))
     assert flat.sigmas(4, Unhashable()) == flat.sigmas(4, "euler")
@@ -207,7 +206,6 @@ def test_sigmas_that_do_not_fall_are_refused(tiny, prompt, sigmas):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_noise_levels_of_every_sampler_can_be_run(flat, sampler, steps):
     sigmas = flat.sigmas(steps, sampler, "trailing") if steps == 1 else flat.sigmas(steps, sampler)
-    # FAILS for 1000 steps of ddim: the last two levels are both sigma(0), which run() refuses (schedule.py, "leading")
     run(half, sampler, START, sigmas, quiet)
     assert len(sigmas) == steps + 1
 
