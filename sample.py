@@ -53,7 +53,7 @@ def write(
     """Decode a batch, one by one to save memory, and write every picture with its regions beside it."""
     for i, seed in enumerate(seeds):
         picture = to_image(model.decode(latents[i : i + 1])[0])
-        name, text = f"{cli.next_number(args.out):05d}-{seed}", cli.parameters(args, model, seed, picture)
+        name, text = f"{cli.next_number(args.out):05d}-{seed}", cli.parameters(args, model, seeds, i, picture)
         title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
         regions = sheet(picture, record.scores[i], record.scale[i], prompt.words[0], title, prompt.chunk)
         cli.save(regions, args.out / f"{name}-regions.png", text)

@@ -14,6 +14,10 @@ __all__ = ["BadInput", "CFG", "Capture", "Conditioning", "Denoised", "Denoiser",
 __all__ += ["Maps", "Moment", "OFFICIAL", "Outputs", "PAPER", "Prompt", "Recipe", "Regions", "Row", "SAMPLERS", "SCFG"]
 __all__ += ["Schedule", "Site", "Step", "Tokens", "Word", "attention", "load", "run", "segment_maps"]
 
+from .data import from_dict, to_dict  # noqa: E402
+
+__all__ += ["from_dict", "to_dict"]
+
 # wings
 from . import edit as edit  # noqa: E402
 from . import prompting as prompting  # noqa: E402

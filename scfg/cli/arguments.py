@@ -1,6 +1,9 @@
 """The arguments of sample.py."""
 
 import argparse
+import json
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -9,8 +12,10 @@ import torch
 
 from ..config import FAMILIES
 from ..flatland import FLATLAND, WORDS
-from ..guidance import RULES
-from ..methods import APG, OptimizedScale
+from ..data import from_dict
+from ..errors import BadInput
+from ..guidance import RULES, Guidance
+from ..methods import APG, FDG, TCFG, OptimizedScale
 from ..schedule import Spacing
 from .region import EXAMPLE, number, region
 
@@ -22,8 +27,10 @@ SAMPLER_NAMES = {  # as Stable Diffusion tools call them
     "heun": "Heun",
     "unipc": "UniPC",
     "ddim": "DDIM",
+    "euler_cfg_pp": "Euler CFG++",
 }
-DIRECTIONS = {"apg": APG(), "zero": OptimizedScale()}
+DIRECTIONS = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
+SLOTS = ("scale", "direction", "pag", "seg", "rescale", "interval", "ramp")  # options that a whole guidance replaces
 NATIVE = "; ".join(
     f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
     for c in (*FAMILIES, FLATLAND)
@@ -44,14 +51,33 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def guidance(text: str) -> str | Guidance:
+    """A rule's name, or a whole guidance as JSON, typed or in a file."""
+    if text in RULES:
+        return text
+    try:
+        if text.endswith(".json"):
+            text = Path(text).read_text(encoding="utf-8")
+        elif not text.lstrip().startswith("{"):
+            raise BadInput(
+                f"it is one of {', '.join(RULES)}, or a guidance as JSON, or a file of it that ends in .json"
+            )
+        found = from_dict(json.loads(text))
+        return found if isinstance(found, Guidance) else Guidance(scale=found)
+    except (BadInput, OSError, ValueError, RecursionError) as error:
+        short = text if len(text) <= 60 else f"{text[:60]}..."
+        raise argparse.ArgumentTypeError(f"{short!r}: {error}") from None
+
+
 def add_guidance(parser: Parser) -> None:
     add = parser.add_argument_group("guidance").add_argument
     add(
         "--guidance",
-        choices=RULES,
+        type=guidance,
         default="scfg",
-        help="one scale a region, by the authors' program, their paper, their "
-        "mean or the conditional half's foreground; or plain (default: %(default)s)",
+        metavar=f"{'|'.join(RULES)}|JSON",
+        help="one scale a region, by the authors' program, their paper, their mean or the conditional half's "
+        "foreground; or plain; or a whole guidance as JSON, or a .json file of it (default: %(default)s)",
     )
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")
     add(
@@ -68,9 +94,12 @@ def add_guidance(parser: Parser) -> None:
         "--direction",
         choices=DIRECTIONS,
         help="apg: less of what saturates colours; zero: the unconditional output "
-        "first scaled to fit the conditional one (CFG-Zero* without its first steps of zero)",
+        "first scaled to fit the conditional one (CFG-Zero* without its first steps of zero); tcfg: without what the "
+        "unconditional one has beside it; fdg: low frequencies less",
     )
-    add("--pag", type=number(float, 0, 100), metavar="SCALE", help="perturbed-attention guidance as well (usual: 3)")
+    perturb = parser.add_mutually_exclusive_group().add_argument
+    perturb("--pag", type=number(float, 0, 100), metavar="SCALE", help="perturbed-attention guidance too (usual: 3)")
+    perturb("--seg", type=number(float, 0, 100), metavar="SCALE", help="smoothed-energy guidance too (usual: 3)")
     add(
         "--rescale",
         type=number(float, 0, 1),
@@ -154,6 +183,30 @@ def add_run(parser: Parser) -> None:
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
 
 
+def parse_with_picture(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments and what is none of them; with --from, those in the picture come before those that are given."""
+    from . import infotext
+
+    args, rest = parser.parse_known_args(argv)
+    if not args.picture:
+        return args, rest
+    try:
+        said = infotext.read_picture(args.picture)
+        parser.set_defaults(prompt=said.prompt, negative=said.negative or None)
+        args, rest = parser.parse_known_args([*infotext.options(said.facts), *argv])
+    except BadInput as error:
+        parser.error(str(error))
+    model = said.facts.get("Model", "Flatland")
+    if args.checkpoint is None and model != "Flatland":
+        parser.error(f"{args.picture} was made by {model}: give its file with --checkpoint")
+    for fact, option in infotext.FILES.items():
+        if fact in said.facts and getattr(args, option) is None:
+            parser.error(f"{args.picture} was made with {said.facts[fact]} as {fact}: give its file with --{option}")
+    if args.checkpoint is not None and args.checkpoint.stem != model:
+        warnings.warn(f"{args.picture} was made by {model}, not by {args.checkpoint.stem}", stacklevel=3)
+    return args, rest
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a run; what cannot be meant ends the program with one line and exit status 2."""
     parser = Parser(
@@ -167,9 +220,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what the picture shows (default: %(default)s)",
     )
     parser.add_argument("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
+    parser.add_argument(
+        "--from",
+        dest="picture",
+        type=Path,
+        metavar="PICTURE",
+        help="repeat a picture by the settings in it; other options change them",
+    )
     for add in (add_guidance, add_run, add_model):
         add(parser)
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parse_with_picture(parser, list(sys.argv[1:] if argv is None else argv))
     if rest and not any(word.startswith("-") for word in rest):
         parser.error(f'the prompt is one argument: put it in quotes, "{" ".join([args.prompt, *rest])}"')
     if rest:
@@ -180,6 +240,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         low, high = args.interval
         parser.error(
             f"--interval LOW HIGH: no noise level lies above {low:g} and up to {high:g}; give the lower one first"
+        )
+    replaced = [name for name in SLOTS if getattr(args, name) not in (None, False)]
+    replaced += ["region" for option in args.region if option.region]
+    if isinstance(args.guidance, Guidance) and replaced:
+        parser.error(
+            f"--{replaced[0]} does not act beside a whole guidance: change it there, or give --guidance a name"
         )
     try:
         "".join([args.prompt, args.negative or "", *(option.text for option in args.region)]).encode()

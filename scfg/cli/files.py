@@ -1,36 +1,38 @@
 """The files of sample.py."""
 
 import argparse
+import json
 import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from ..data import to_dict
 from ..diffusion import Diffusion
 from ..errors import BadInput
+from ..guidance import Rule
 from .arguments import SAMPLER_NAMES
+from .infotext import write
 
 
-def parameters(args: argparse.Namespace, model: Diffusion, seed: int, picture: Image.Image) -> str:
-    """The text that Stable Diffusion tools read from a PNG's 'parameters' chunk."""
-    negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
+def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int], i: int, picture: Image.Image) -> str:
+    """The text of the i-th picture of a batch, for its PNG's 'parameters' chunk."""
+    scale = scale_of(args.guidance.scale)
+    prompts = [option.prompted() for option in args.region if option.prompt]
     facts = {
         "Steps": args.steps,
         "Sampler": SAMPLER_NAMES[args.sampler],
-        "CFG scale": args.scale,
-        "Seed": seed,
+        "Schedule type": args.spacing,
+        "CFG scale": None if scale is None else f"{scale:g}",
+        "Seed": seeds[i],
         "Size": f"{picture.width}x{picture.height}",
         "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
-        "Guidance": args.guidance,
-        "Regions": " ".join(repr(option.text) for option in args.region) or None,
-        "Direction": args.direction,
-        "PAG scale": args.pag,
-        "CFG Rescale phi": args.rescale,
-        "Interval": args.interval and "{:g} to {:g}".format(*args.interval),
-        "Ramp": args.ramp,
-        "Schedule type": args.spacing,
+        "Guidance": json.dumps(to_dict(args.guidance), ensure_ascii=False),
+        "Region prompts": json.dumps(prompts, ensure_ascii=False) if prompts else None,
         "Eta": args.eta,
         "Clip skip": args.clip_skip,
         "VAE": args.vae and args.vae.stem,
@@ -38,9 +40,17 @@ def parameters(args: argparse.Namespace, model: Diffusion, seed: int, picture: I
         "Refiner switch at": args.refiner_from if args.refiner else None,
         "Prediction": args.prediction,
         "Precision": args.dtype,
+        "Batch size": len(seeds) if len(seeds) > 1 else None,
+        "Batch pos": i if len(seeds) > 1 else None,
+        "Version": f"scfg {version('scfg')}",
     }
-    given = ", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
-    return f"{args.prompt}{negative}\n{given}"
+    return write(args.prompt, args.negative or "", facts)
+
+
+def scale_of(rule: Rule) -> float | None:
+    """The scale that a rule is built around, where it has one."""
+    inner = getattr(rule, "base", None) or getattr(rule, "first", None)
+    return scale_of(inner) if inner else getattr(rule, "gamma", None)
 
 
 def save(image: Image.Image, path: Path, text: str) -> None:

@@ -3,17 +3,19 @@
 import argparse
 import inspect
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .. import cpu
 from ..diffusion import Diffusion, load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
-from ..guidance import Guidance, named_rule
-from ..methods import PAG, Interval, Ramp, Rescale
+from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
+from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp
 from ..prompting import encode
 from ..regional import ByRegion, Part, RegionalPrompt
 from ..regional.area import find_phrase
@@ -21,6 +23,9 @@ from ..report.record import middle_third, watch
 from ..samplers import SAMPLERS, Denoise, Sampler
 from ..text import Prompt
 from .arguments import DIRECTIONS, SAMPLER_NAMES
+from .files import scale_of
+
+CFG_PP_SCALE = 0.6  # what CFG++ (2406.08070) takes for SD 1.5
 
 
 class Job(NamedTuple):
@@ -35,14 +40,17 @@ def load(path: Path | None, args: argparse.Namespace, main: bool = True) -> Diff
     """The model of a file; --vae and --prediction are for the main one only."""
     own = {"prediction": args.prediction, "vae": args.vae} if main else {}
     dtype = args.dtype and getattr(torch, args.dtype)
-    return load_model(path, device=args.device, dtype=dtype, tokenizer=args.tokenizer, offload=args.offload, **own)
+    model = load_model(path, device=args.device, dtype=dtype, tokenizer=args.tokenizer, offload=args.offload, **own)
+    cpu.pack(model)
+    return model
 
 
 def prompt_of(model: Diffusion, args: argparse.Namespace) -> Prompt | RegionalPrompt:
     """The prompt, its negative and the regions' own prompts, encoded; an area's word that is not there is an error."""
     prompt = encode(model, args.prompt, args.negative, args.clip_skip)
-    for option in args.region:
-        for phrase in option.area.phrases:
+    regions = getattr(args.guidance.scale, "regions", ()) if isinstance(args.guidance, Guidance) else ()
+    for area in [one.area for one in (*args.region, *regions)]:
+        for phrase in area.phrases:
             find_phrase(prompt.words[0], phrase)
     parts = [
         Part(
@@ -59,10 +67,14 @@ def prompt_of(model: Diffusion, args: argparse.Namespace) -> Prompt | RegionalPr
 
 
 def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
-    scale = named_rule(args.guidance, args.scale, model.config)
+    """The guidance that is given as a whole, or that of the options; its scale is the family's own by default."""
+    if isinstance(args.guidance, Guidance):
+        return args.guidance
+    native = CFG_PP_SCALE if args.sampler == "euler_cfg_pp" else model.config.scale
+    scale = named_rule(args.guidance, native if args.scale is None else args.scale, model.config)
     regions = tuple(option.region for option in args.region if option.region)
     return Guidance(
-        perturb=PAG(args.pag) if args.pag else None,
+        perturb=PAG(args.pag) if args.pag else SEG(args.seg) if args.seg else None,
         direction=DIRECTIONS.get(args.direction),
         scale=ByRegion(scale, regions) if regions else scale,
         rescale=Rescale(args.rescale) if args.rescale else None,
@@ -71,7 +83,7 @@ def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
-    sampler = SAMPLERS[args.sampler]
+    sampler = {**SAMPLERS, "euler_cfg_pp": euler_cfg_pp}[args.sampler]
     if args.eta is None:
         return sampler
     if "eta" not in inspect.signature(sampler).parameters:
@@ -81,13 +93,12 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
 
 def plan(model: Diffusion, prompt: Prompt | RegionalPrompt, args: argparse.Namespace) -> Job:
     """The denoise step, with a refiner where one is given, and its noise levels; fills in what is the family's own."""
-    args.scale = model.config.scale if args.scale is None else args.scale
+    args.guidance = guidance = guidance_of(args, model)
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)
     model.latent_shape(args.size)  # a size that cannot be, said before any work
     sampler, sigmas = sampler_of(args), model.sigmas(args.steps, args.sampler, args.spacing)
     shown = {sigmas[i] for i in middle_third(args.steps)}
-    guidance = guidance_of(args, model)
     denoise = watch(model.denoiser(prompt, guidance), shown)
     if args.refiner:
         args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
@@ -101,6 +112,8 @@ def plan(model: Diffusion, prompt: Prompt | RegionalPrompt, args: argparse.Names
     elif model.config.aesthetic_scores:
         what = f"the {model.config.name} finishes what SDXL began and is poor at starting from noise"
         warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
+    if args.sampler == "euler_cfg_pp" and (scale_of(guidance.scale) or 0) > 1:
+        warnings.warn("the scale of CFG++ lies between 0 and 1: try 0.6", stacklevel=2)
     for line in idle(args, model, guidance, sigmas[:-1]):
         warnings.warn(line, stacklevel=2)
     return Job(denoise, sampler, sigmas)
@@ -111,24 +124,31 @@ def idle(args: argparse.Namespace, model: Diffusion, guidance: Guidance, sigmas:
     moments = [model.config.schedule.moment(sigma) for sigma in sigmas]
     guided = [moment for moment in moments if guidance.strength(moment)]
     never = [] if guided else ["guidance"]
+    for region in getattr(guidance.scale, "regions", ()):
+        if not any(map(region.acts, guided)):
+            never.append(repr(str(region)))
     for option in args.region:
-        prompted = moments[1:] if option.area.needs_regions else moments  # the first step is what finds a word
-        for given, times in ((option.region, guided), (option.prompt, prompted)):
-            if given and not any(option.start <= moment.progress <= option.end for moment in times):
-                never.append(repr(option.text))
+        times = moments[1:] if option.area.needs_regions else moments  # the first step is what finds a word
+        if option.prompt and not any(option.start <= moment.progress <= option.end for moment in times):
+            never.append(repr(option.text))
     return [f"{what} never acts: none of the {args.steps} steps lies in its time" for what in dict.fromkeys(never)]
 
 
 def in_short(args: argparse.Namespace) -> str:
     """Which guidance, for a line or a title."""
-    slots = [
-        DIRECTIONS.get(args.direction),
-        PAG(args.pag) if args.pag else None,
-        Rescale(args.rescale) if args.rescale else None,
-        Interval(*args.interval) if args.interval else Ramp(shape=args.ramp) if args.ramp else None,
-    ]
-    regions = [repr(option.text) for option in args.region]
-    return ", ".join([f"{args.guidance} at scale {args.scale:g}", *(str(slot) for slot in slots if slot), *regions])
+    guidance: Guidance = args.guidance
+    slots = [guidance.direction, guidance.perturb, guidance.rescale, guidance.when]
+    regions = [repr(region) for region in getattr(guidance.scale, "regions", ())]
+    regions += [f"{option.area}: {option.prompt!r}" for option in args.region if option.prompt]
+    return ", ".join([rule_in_short(guidance.scale), *(str(slot) for slot in slots if slot), *regions])
+
+
+def rule_in_short(rule: Rule) -> str:
+    """A named rule by its name and scale, whatever its fallback; others as they print."""
+    rule = rule.base if isinstance(rule, ByRegion) else rule
+    plain = replace(rule, min_contrast=0.0) if isinstance(rule, SCFG) else rule
+    names = [name for name, make in RULES.items() if isinstance(rule, CFG | SCFG) and make(rule.gamma) == plain]
+    return f"{names[0]} at scale {rule.gamma:g}" if names else str(rule)
 
 
 def summary(args: argparse.Namespace, model: Diffusion) -> str:

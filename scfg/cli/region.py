@@ -46,6 +46,14 @@ class RegionOption(NamedTuple):
     start: float
     end: float
 
+    def prompted(self) -> str:
+        """The option that asks for this area's prompt alone."""
+        return f"{self.area}:start={self.start},end={self.end},base={self.base},prompt={self.prompt}"
+
+
+# what stands before the first colon outside quotes
+DESCRIPTION = re.compile(r"""(?:'(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*"|[^:])*""")
+
 
 def region(text: str) -> RegionOption:
     """AREA:name=value,...; a prompt comes last and may hold commas."""
@@ -53,8 +61,12 @@ def region(text: str) -> RegionOption:
     def wrong(what: str) -> argparse.ArgumentTypeError:
         return argparse.ArgumentTypeError(f"{text!r}{what}, as in {EXAMPLE}")
 
-    description, _, options = text.partition(":")
+    description = DESCRIPTION.match(text).group()
+    options = text[len(description) + 1 :]
     options, prompt = [*re.split(r"(?:^|,)\s*prompt=", options, maxsplit=1), ""][:2]
+    late = re.search(rf",\s*({'|'.join(OPTIONS)})\s*=", prompt)
+    if late:
+        raise wrong(f": {late[1]} comes after the prompt, which comes last; put it before")
     values = {}
     for name, _, value in (option.strip().partition("=") for option in options.split(",") if option.strip()):
         if name not in OPTIONS:

@@ -1,9 +1,11 @@
-"""Guidance that others published, as values for the slots of a Guidance; and rules beside CFG and S-CFG."""
+"""Guidance that others published, as values for the slots of a Guidance; rules beside CFG and S-CFG; CFG++'s sampler."""
 
-from .direction import APG, OptimizedScale
-from .perturb import PAG
+from .direction import APG, FDG, TCFG, OptimizedScale
+from .perturb import PAG, SEG
 from .rescale import Rescale
 from .rules import Energy, Product
+from .sampler import euler_cfg_pp
 from .when import Interval, Ramp
 
-__all__ = ["APG", "Energy", "Interval", "OptimizedScale", "PAG", "Product", "Ramp", "Rescale"]
+__all__ = ["APG", "Energy", "FDG", "Interval", "OptimizedScale", "PAG", "Product", "Ramp", "Rescale", "SEG", "TCFG"]
+__all__ += ["euler_cfg_pp"]

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..guidance import Outputs
 from ..schedule import Moment
@@ -48,3 +50,48 @@ class OptimizedScale:
         cond = (outputs.x0 - outputs.x / (moment.sigma**2 + 1)) / dx0_dv
         uncond = cond - outputs.dx0_dout / dx0_dv * outputs.difference
         return (cond - parallel(cond, uncond)) * dx0_dv / outputs.dx0_dout, None
+
+
+@dataclass(frozen=True)
+class TCFG:
+    """The unconditional noise without what is foreign to the conditional one (tangential damping, 2503.18137, alg. 1).
+
+    It is projected on the first right singular vector of the two. The paper works on noise: outputs of other kinds are
+    projected as the eps that they stand for.
+    """
+
+    def __call__(self, outputs: Outputs, moment: Moment, state: None) -> tuple[Tensor, None]:
+        dx0_deps = -moment.sigma
+        cond = (outputs.x0 - outputs.x) / dx0_deps
+        uncond = cond - outputs.dx0_dout / dx0_deps * outputs.difference
+        pair = torch.stack([cond, uncond], 1).flatten(2)
+        first = torch.linalg.svd(pair, full_matrices=False).Vh[:, :1]
+        damped = (pair[:, 1:] @ first.mT @ first).view_as(uncond)
+        return (cond - damped) * dx0_deps / outputs.dx0_dout, None
+
+
+@dataclass(frozen=True)
+class FDG:
+    """Low and high frequencies guided differently (frequency-decoupled guidance, 2506.19713; two levels).
+
+    low, high: what the difference's frequencies are multiplied by. A scale of 10 with low = 4/9 is the paper's guidance
+    of the high frequencies at 10 and of the low ones at 5.
+    """
+
+    low: float = 4 / 9
+    high: float = 1.0
+
+    def __call__(self, outputs: Outputs, moment: Moment, state: None) -> tuple[Tensor, None]:
+        difference = outputs.difference
+        half = [max(1, side // 2) for side in difference.shape[-2:]]
+        coarse = F.interpolate(binomial(difference), size=half, mode="bilinear")
+        low = binomial(F.interpolate(coarse, size=difference.shape[-2:], mode="bilinear"))
+        return self.high * difference + (self.low - self.high) * low, None
+
+
+def binomial(x: Tensor) -> Tensor:
+    """(b c h w) under 1 4 6 4 1 along both axes, edges reflected: the filter of a Laplacian pyramid."""
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype, device=x.device) / 16
+    padded = F.pad(x, (2, 2, 2, 2), mode="reflect" if min(x.shape[-2:]) > 2 else "replicate")
+    rows = F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None, :, None])
+    return F.conv2d(rows, kernel[None, None, None]).view_as(x)

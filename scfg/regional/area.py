@@ -1,10 +1,11 @@
 """Areas of the picture, from words, masks or the segmentation, combined by &, | and ~."""
 
 import math
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,53 +26,224 @@ FUNCTION_WORDS = frozenset(
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 SMALLEST = 1 / 256  # share of the picture below which an area is not guided on its own
+SIMPLE = re.compile(r"[^|&~(),:'\"\s]+( [^|&~(),:'\"\s]+)*")  # a phrase or path that needs no quotes in a description
 
 
-@dataclass(frozen=True, repr=False)
 class Area:
-    """A part of the picture, as a function of a step's regions: 0 to 1 at every pixel."""
+    """A part of the picture: a value that is 0 to 1 at every pixel, given a step's regions.
 
-    of: Callable[[Regions | None], Tensor]  # (b|1 1 h w), on any grid
-    label: str
+    It equals another of the same description, pickles, and prints as what `parse_area` reads. In place of an Area its
+    description serves everywhere.
+    """
+
     phrases: tuple[str, ...] = ()  # of the prompt, which it needs
-    needs_regions: bool = False
+    needs_regions = False
+
+    def of(self, regions: Regions | None) -> Tensor:
+        """(b|1 1 h w), on any grid."""
+        raise NotImplementedError
 
     def __call__(self, regions: Regions | None, size: tuple[int, int]) -> Tensor:
         """(b|1 1 h w) of this size."""
         return resized(self.of(regions), size)
 
-    def combined(self, other: "Area", sign: str, join: Callable[[Tensor, Tensor], Tensor]) -> "Area":
-        def of(regions: Regions | None) -> Tensor:
-            areas = self.of(regions), other.of(regions)
-            size = max((area.shape[-2:] for area in areas), key=math.prod)
-            return join(*(resized(area, size) for area in areas))
-
-        needs_regions = self.needs_regions or other.needs_regions
-        return Area(of, f"({self.label} {sign} {other.label})", self.phrases + other.phrases, needs_regions)
-
     def __repr__(self) -> str:
-        return self.label
+        return str(self)
 
-    def __and__(self, other: "Area") -> "Area":
-        return self.combined(other, "&", torch.minimum)
+    def __and__(self, other: "Area | str") -> "Area":
+        return Intersection((*parts(self, Intersection), *parts(area_of(other), Intersection)))
 
-    def __or__(self, other: "Area") -> "Area":
-        return self.combined(other, "|", torch.maximum)
+    def __or__(self, other: "Area | str") -> "Area":
+        return Union((*parts(self, Union), *parts(area_of(other), Union)))
+
+    def __rand__(self, other: str) -> "Area":
+        return area_of(other) & self
+
+    def __ror__(self, other: str) -> "Area":
+        return area_of(other) | self
 
     def __invert__(self) -> "Area":
-        return Area(lambda regions: 1 - self.of(regions), f"~{self.label}", self.phrases, self.needs_regions)
+        return Complement(self)
 
     def feathered(self, times: int) -> "Area":
         """Blurred so many times: its edge is then about sqrt(2 * times) pixels of its grid wide."""
+        return Feathered(self, times)
 
-        def of(regions: Regions | None) -> Tensor:
-            return reduce(lambda area, _: blur(area), range(times), self.of(regions))
 
-        label = f"{self.label} feathered {times}"
-        if self.needs_regions:
-            return Area(of, label, self.phrases, True)
-        once = of(None)  # what does not change with a step
-        return Area(lambda regions: on_device(once, regions), label, self.phrases)
+@dataclass(frozen=True, repr=False)
+class Union(Area):
+    areas: tuple[Area, ...]
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return tuple(phrase for area in self.areas for phrase in area.phrases)
+
+    @property
+    def needs_regions(self) -> bool:
+        return any(area.needs_regions for area in self.areas)
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return reduce(torch.maximum, on_one_grid([area.of(regions) for area in self.areas]))
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.areas))
+
+
+@dataclass(frozen=True, repr=False)
+class Intersection(Area):
+    areas: tuple[Area, ...]
+
+    phrases = Union.phrases
+    needs_regions = Union.needs_regions
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return reduce(torch.minimum, on_one_grid([area.of(regions) for area in self.areas]))
+
+    def __str__(self) -> str:
+        return " & ".join(f"({area})" if isinstance(area, Union) else str(area) for area in self.areas)
+
+
+@dataclass(frozen=True, repr=False)
+class Complement(Area):
+    area: Area
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return self.area.phrases
+
+    @property
+    def needs_regions(self) -> bool:
+        return self.area.needs_regions
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return 1 - self.area.of(regions)
+
+    def __str__(self) -> str:
+        return f"~({self.area})" if isinstance(self.area, Union | Intersection) else f"~{self.area}"
+
+
+@dataclass(frozen=True, repr=False)
+class Feathered(Area):
+    area: Area
+    times: int
+
+    phrases = Complement.phrases
+    needs_regions = Complement.needs_regions
+
+    @cached_property
+    def fixed(self) -> Tensor:
+        """What does not change from step to step."""
+        return self.blurred(self.area.of(None))
+
+    def blurred(self, values: Tensor) -> Tensor:
+        return reduce(lambda area, _: blur(area), range(self.times), values)
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return self.blurred(self.area.of(regions)) if self.needs_regions else on_device(self.fixed, regions)
+
+    def __str__(self) -> str:
+        return f"feathered({self.area}, {self.times})"
+
+
+@dataclass(frozen=True, repr=False)
+class Foreground(Area):
+    """The pixels that the segmentation takes for the foreground."""
+
+    needs_regions = True
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return regions.foreground
+
+    def __str__(self) -> str:
+        return "foreground"
+
+
+@dataclass(frozen=True, repr=False)
+class Words(Area):
+    """The pixels where a token of the phrase scores best; where it occurs more than once, all of its places.
+
+    Tokens compete with those of the prompt's other words that name something; against_all: with all tokens, the
+    start, end and padding tokens too, as in S-CFG. soft: the phrase's share of the competing scores instead.
+    """
+
+    phrase: str
+    soft: bool = False
+    against_all: bool = False
+
+    needs_regions = True
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return (self.phrase,)
+
+    def of(self, regions: Regions | None) -> Tensor:
+        if not regions.words:
+            what = f"the area of {self.phrase!r} needs a prompt that knows its words"
+            raise BadInput(f"{what}, as Diffusion.prompt makes it")
+        return torch.stack([self.among(*one) for one in zip(regions.scores, regions.words)])[:, None]
+
+    def among(self, scores: Tensor, words: Sequence[Word]) -> Tensor:
+        """The area (h w) of one picture, by its tokens' scores (t h w) and the words of its prompt."""
+        naming = [word for word in words if word.text.lower() not in FUNCTION_WORDS]
+        own, others = (
+            [i for word in some for i in range(word.start, word.stop)]
+            for some in (find_phrase(words, self.phrase), naming)
+        )
+        rivals = range(len(scores)) if self.against_all else sorted({*own, *others})
+        rest, total = scores[[i for i in rivals if i not in own]], scores[own].sum(0)
+        if self.soft:
+            return total / (total + rest.sum(0))
+        return (scores[own].amax(0) > rest.amax(0) if len(rest) else total >= 0).float()
+
+    def __str__(self) -> str:
+        flags = [name for name in ("soft", "against_all") if getattr(self, name)]
+        if not flags and SIMPLE.fullmatch(self.phrase) and not is_picture(self.phrase) and self.phrase != "foreground":
+            return self.phrase
+        return f"words({', '.join([quoted(self.phrase), *flags])})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Mask(Area):
+    """Values that are given: a picture file's, or a tensor's, which has no description."""
+
+    path: str | None
+    values: Tensor  # (b|1 1 h w), 0 to 1
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return on_device(self.values, regions)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.path == other.path and torch.equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.values.shape))
+
+    def __str__(self) -> str:
+        if self.path is None:
+            return "a mask"
+        simple = is_picture(self.path) and SIMPLE.fullmatch(self.path)
+        return self.path if simple else f"mask({quoted(self.path)})"
+
+
+def area_of(area: Area | str) -> Area:
+    """An area, or that of a description."""
+    if isinstance(area, Area):
+        return area
+    if isinstance(area, str):
+        from .description import parse_area
+
+        return parse_area(area)
+    raise BadInput(f"an area is one of scfg.words, scfg.mask, scfg.foreground or a description, not {area!r}")
+
+
+def parts(area: Area, kind: type[Union] | type[Intersection]) -> tuple[Area, ...]:
+    """What an area of this kind is made of; of another kind, the area itself."""
+    return area.areas if isinstance(area, kind) else (area,)
+
+
+def on_one_grid(areas: Sequence[Tensor]) -> list[Tensor]:
+    size = max((area.shape[-2:] for area in areas), key=math.prod)
+    return [resized(area, size) for area in areas]
 
 
 def resized(area: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,11 +254,16 @@ def resized(area: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(area, size=size, mode="area" if coarser else "nearest")
 
 
+def nowhere(area: Area) -> str:
+    """What is said of an area that is too small."""
+    return f"{area} is nowhere, or nearly: nothing of its own there"
+
+
 def fitted(area: Area, regions: Regions | None, pictures: int, size: tuple[int, int]) -> Tensor:
     """An area's values (b|1 1 h w) for a batch, which it must be of unless it is of one picture."""
     values = area(regions, size)
     if len(values) not in (1, pictures):
-        raise BadInput(f"{area.label} is of {len(values)} pictures, not of {pictures}")
+        raise BadInput(f"{area} is of {len(values)} pictures, not of {pictures}")
     return values
 
 
@@ -95,7 +272,7 @@ def too_small(inside: Tensor) -> Tensor:
     return inside.mean((-2, -1), keepdim=True) < SMALLEST
 
 
-def mask(picture: str | Path | Tensor) -> Area:
+def mask(picture: str | Path | Tensor) -> Mask:
     """From a picture file, white inside and transparent outside; or from a tensor (h w) or (b 1 h w) from 0 to 1."""
     if isinstance(picture, Tensor):
         values = picture.float()[(None,) * max(0, 4 - picture.ndim)]
@@ -103,17 +280,16 @@ def mask(picture: str | Path | Tensor) -> Area:
             bounds = f" from {picture.min():g} to {picture.max():g}" if picture.numel() else ""
             what = f"a mask is (h w) or (b 1 h w) with values from 0 to 1; this one is {tuple(picture.shape)}{bounds}"
             raise BadInput(what)
-        return Area(lambda regions: on_device(values, regions), "a mask")
+        return Mask(None, values)
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(picture) as image:
-                values = torch.from_numpy(lightness(image))[None, None]
+                return Mask(str(picture), torch.from_numpy(lightness(image))[None, None])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadInput(f"{picture} is no picture to be used as a mask: {error}") from None
-    return Area(lambda regions: on_device(values, regions), str(picture))
 
 
 def lightness(image: "Image.Image") -> np.ndarray:
@@ -129,9 +305,14 @@ def on_device(values: Tensor, regions: Regions | None) -> Tensor:
     return values if regions is None else values.to(regions.scores.device)
 
 
-def foreground() -> Area:
+def foreground() -> Foreground:
     """As the segmentation finds it."""
-    return Area(lambda regions: regions.foreground, "the foreground", needs_regions=True)
+    return Foreground()
+
+
+def words(phrase: str, soft: bool = False, against_all: bool = False) -> Words:
+    """The area of a phrase of the prompt, see Words."""
+    return Words(phrase, soft, against_all)
 
 
 def find_phrase(words: Sequence[Word], phrase: str) -> list[Word]:
@@ -155,47 +336,10 @@ def find_phrase(words: Sequence[Word], phrase: str) -> list[Word]:
     return found
 
 
-def words(phrase: str, soft: bool = False, against_all: bool = False) -> Area:
-    """The pixels where a token of the phrase scores best; where it occurs more than once, all of its places.
-
-    Tokens compete with those of the prompt's other words that name something; against_all: with all tokens, the
-    start, end and padding tokens too, as in S-CFG. soft: the phrase's share of the competing scores instead.
-    """
-
-    def of(regions: Regions) -> Tensor:
-        if not regions.words:
-            raise BadInput(f"the area of {phrase!r} needs a prompt that knows its words, as Diffusion.prompt makes it")
-        found = []
-        for scores, own_words in zip(regions.scores, regions.words):
-            naming = [word for word in own_words if word.text.lower() not in FUNCTION_WORDS]
-            own, others = (
-                [i for word in some for i in range(word.start, word.stop)]
-                for some in (find_phrase(own_words, phrase), naming)
-            )
-            rivals = range(len(scores)) if against_all else sorted({*own, *others})
-            rest, total = scores[[i for i in rivals if i not in own]], scores[own].sum(0)
-            if soft:
-                found.append(total / (total + rest.sum(0)))
-            else:
-                found.append((scores[own].amax(0) > rest.amax(0) if len(rest) else total >= 0).float())
-        return torch.stack(found)[:, None]
-
-    return Area(of, repr(phrase), (phrase,), needs_regions=True)
+def is_picture(text: str) -> bool:
+    return Path(text).suffix.lower() in PICTURES
 
 
-def parse_area(text: str) -> Area:
-    """The area of a description: words of the prompt, a picture file or "foreground", and what |, & and ~ make of them.
-
-    | binds loosest, ~ tightest.
-    """
-    text = text.strip()
-    for sign, join in (("|", Area.__or__), ("&", Area.__and__)):
-        if sign in text:
-            return reduce(join, map(parse_area, text.split(sign)))
-    if text.startswith("~"):
-        return ~parse_area(text[1:])
-    if Path(text).suffix.lower() in PICTURES:
-        return mask(text)
-    if not text:
-        raise BadInput("an area is a word of the prompt, a picture file or foreground; and what | & ~ make of them")
-    return foreground() if text == "foreground" else words(text)
+def quoted(text: str) -> str:
+    """As a description holds it: in single quotes, with backslashes before these and before backslashes."""
+    return "'" + re.sub(r"(['\\])", r"\\\1", text) + "'"

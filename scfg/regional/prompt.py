@@ -14,7 +14,7 @@ from ..schedule import Moment
 from ..segment import Tokens
 from ..text import PlacedPrompt, Prompt
 from ..unet import LEAST, Conditioning
-from .area import Area, fitted, parse_area, too_small
+from .area import Area, area_of, fitted, nowhere, too_small
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Part:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.area, str):
-            object.__setattr__(self, "area", parse_area(self.area))
+        object.__setattr__(self, "area", area_of(self.area))
         if isinstance(self.prompt, str):
             raise BadInput(f"a part's prompt is encoded: give model.prompt({self.prompt!r})")
         if not 0 <= self.base <= 1:
@@ -116,8 +115,7 @@ class PlacedRegionalPrompt:
                 continue
             area = fitted(part.area, known if words else None, shape[0], tuple(shape[-2:])).float()
             small = too_small(area)
-            flag = f"{part.area.label} is nowhere, or nearly: nothing of its own there"
-            flags[flag] = small.flatten().expand(shape[0]).to(device)
+            flags[nowhere(part.area)] = small.flatten().expand(shape[0]).to(device)
             if words or not small.all():  # a mask's values are on the host, a word's are not
                 areas[i] = torch.where(small, 0, area).expand(shape[0], 1, *shape[-2:]).to(device)
         return areas, flags

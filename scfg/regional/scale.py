@@ -9,7 +9,7 @@ from ..errors import BadInput
 from ..guidance import Outputs, Rule
 from ..schedule import Moment
 from ..segment import OFFICIAL, Recipe, Regions
-from .area import Area, fitted, parse_area, too_small
+from .area import Area, area_of, fitted, nowhere, too_small
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,8 +23,7 @@ class Region:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.area, str):
-            object.__setattr__(self, "area", parse_area(self.area))
+        object.__setattr__(self, "area", area_of(self.area))
         if not 0 <= self.start <= self.end <= 1:
             raise BadInput(f"a region acts from start to end, shares of the run, not from {self.start} to {self.end}")
 
@@ -67,6 +66,5 @@ class ByRegion:
         found = self.base.flags(regions, moment) if hasattr(self.base, "flags") else {}
         for region in self.regions:
             if region.acts(moment):
-                nowhere = f"{region.area.label} is nowhere, or nearly: nothing of its own there"
-                found = found | {nowhere: too_small(region.area.of(regions)).flatten()}
+                found = found | {nowhere(region.area): too_small(region.area.of(regions)).flatten()}
         return found

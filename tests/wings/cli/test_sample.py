@@ -1,9 +1,11 @@
 """The script as its users run it, on the embedded checkpoint."""
 
+import json
 import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import scfg
-from scfg import cli
+from scfg import cli, from_dict
+from scfg.cli.infotext import read
 from scfg.diffusion import embedded_checkpoint
 from scfg.guidance import named_rule
 
@@ -48,7 +51,9 @@ def test_the_bare_command_makes_a_picture_and_its_regions(tmp_path):
         assert picture.size == (64, 64) and max(high - low for low, high in picture.getextrema()) > 100
     prompt, own = facts(tmp_path / "out" / "00000-0.png").split("\n")
     assert prompt == CAPTION
-    assert own.startswith("Steps: 30, Sampler: DPM++ 2M, CFG scale: 2.0, Seed: 0, Size: 64x64, Model: Flatland")
+    assert own.startswith(
+        "Steps: 30, Sampler: DPM++ 2M, Schedule type: linspace, CFG scale: 2, Seed: 0, Size: 64x64, Model: Flatland"
+    )
     assert facts(tmp_path / "out" / "00000-0-regions.png") == f"{prompt}\n{own}"
     said = done.stdout.splitlines()
     assert said[0].startswith(
@@ -74,7 +79,7 @@ def test_notes_are_printed_at_the_end(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "scfg-mean", "scfg-cond", "cfg"])
-def test_every_guidance_in_batches_of_any_size(tmp_path, guidance):
+def test_every_guidance_in_batches_of_any_size(flat, tmp_path, guidance):
     steps = "3" if guidance == "cfg" else "1"
     words = ["a blue fish at sea", "--guidance", guidance, "--count", "3", "--steps", steps, "--seed", "7"]
     for folder, batch in (("a", "2"), ("b", "1")):
@@ -84,8 +89,10 @@ def test_every_guidance_in_batches_of_any_size(tmp_path, guidance):
         a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "ab")
         assert np.mean(abs(a - b) <= 1) >= 0.999
         assert (tmp_path / "a" / name.replace(".png", "-regions.png")).exists()
-        said = facts(tmp_path / "a" / name)
-        assert f"Seed: {name[6]}," in said and f"Guidance: {guidance}," in said
+        said = read(facts(tmp_path / "a" / name)).facts
+        assert said["Seed"] == name[6] and from_dict(json.loads(said["Guidance"])).scale == named_rule(
+            guidance, 2.0, flat.config
+        )
     assert not np.array_equal(*(np.asarray(Image.open(tmp_path / "a" / name)) for name in names[:2]))
 
 
@@ -170,15 +177,18 @@ def test_everything_together_in_one_command(all_together):
     assert torch.equal(latent, together(folder.parent / "again", TOGETHER, REGIONS))
     pictures = [Image.open(folder.parent / name / "00000-3.png") for name in ("whole", "again")]
     assert np.array_equal(*map(np.asarray, pictures)) and pictures[0].size == (72, 64)
-    prompt, negative, own = pictures[0].text["parameters"].split("\n")
-    assert (prompt, negative) == (CAPTION, "Negative prompt: a blue fish at sea")
-    for said in (
-        "Steps: 5, Sampler: DPM++ 2M SDE, CFG scale: 4.0, Seed: 3, Size: 72x64, Model: Flatland, Guidance: scfg-paper",
-        "Regions: 'red car:scale=9,start=0.3' '",
-        "Direction: apg, PAG scale: 2.0, CFG Rescale phi: 0.7, Interval: 0.3 to 9, Schedule type: trailing, Eta: 0.5",
-        "Clip skip: 2, Prediction: v, Precision: bfloat16",
-    ):
-        assert said in own, own
+    said = read(pictures[0].text["parameters"])
+    assert said[:2] == (CAPTION, "a blue fish at sea")
+    expected = {"Steps": "5", "Sampler": "DPM++ 2M SDE", "Schedule type": "trailing", "CFG scale": "4", "Seed": "3"}
+    expected |= {"Size": "72x64", "Model": "Flatland", "Eta": "0.5", "Clip skip": "2", "Precision": "bfloat16"}
+    assert said.facts.items() >= expected.items()
+    guidance = from_dict(json.loads(said.facts["Guidance"]))
+    assert guidance.scale.base == replace(scfg.SCFG.paper(4.0), min_contrast=1.18)
+    assert (
+        guidance.scale.regions[0] == scfg.Region("red car", scale=9.0, start=0.3) and len(guidance.scale.regions) == 2
+    )
+    assert (guidance.perturb, guidance.direction) == (scfg.PAG(2.0), scfg.APG())
+    assert (guidance.rescale, guidance.when) == (scfg.Rescale(0.7), scfg.Interval(0.3, 9.0))
 
 
 SAME = {"--prediction", "--offload"}  # as the embedded model is anyway; and where the towers are on the cpu
@@ -216,13 +226,22 @@ def test_every_part_of_a_region_acts_beside_all_others(all_together):
 
 
 @pytest.mark.parametrize(
-    "words", [["--ramp", "linear"], ["--ramp", "cosine"], ["--direction", "zero"], ["--prediction", "eps"]]
+    "words, said",
+    [
+        (["--ramp", "linear"], '"Ramp"'),
+        (["--ramp", "cosine"], '"cosine"'),
+        (["--direction", "zero"], '"OptimizedScale"'),
+        (["--direction", "tcfg"], '"TCFG"'),
+        (["--direction", "fdg"], '"FDG"'),
+        (["--seg", "3"], '"SEG"'),
+        (["--prediction", "eps"], "Prediction: eps"),
+        (["--sampler", "euler_cfg_pp"], "Euler CFG++"),
+    ],
 )
-def test_options_that_do_not_go_with_the_others_act(tmp_path, words):
+def test_options_that_do_not_go_with_the_others_act(tmp_path, words, said):
     plain, found = made(tmp_path, "--steps", "4"), made(tmp_path, "--steps", "4", *words)
     assert error(found, plain) > 1e-3
-    name = {"--ramp": "Ramp", "--direction": "Direction", "--prediction": "Prediction"}[words[0]]
-    assert f"{name}: {words[1]}" in facts(tmp_path / "00001-0.png")
+    assert said in facts(tmp_path / "00001-0.png").replace('\\"', '"')
 
 
 def test_another_files_vae_decodes(tmp_path):
@@ -243,6 +262,7 @@ READ = {  # every option: what is given, and what is read
     "scale": (["4.5"], 4.5),
     "direction": (["zero"], "zero"),
     "pag": (["3"], 3.0),
+    "seg": (["3"], 3.0),
     "rescale": (["0.7"], 0.7),
     "interval": (["0.3", "5"], [0.3, 5.0]),
     "ramp": (["cosine"], "cosine"),
@@ -284,7 +304,7 @@ DEFAULTS |= {
 
 def test_every_option_is_read_and_has_its_default():
     bare = vars(sample.parse([]))
-    assert set(bare) == {name.replace("-", "_") for name in READ} | {"prompt", "region", "refiner_from"}
+    assert set(bare) == {name.replace("-", "_") for name in READ} | {"prompt", "region", "refiner_from", "picture"}
     assert {name: value for name, value in bare.items() if value is not None} == DEFAULTS
     for name, (words, value) in READ.items():
         found = vars(sample.parse([f"--{name}", *words]))
@@ -300,9 +320,9 @@ def test_every_option_is_read_and_has_its_default():
 @pytest.mark.parametrize(
     "words, never",
     [
-        (["--region", "car:scale=9,start=0.99"], ["'car:scale=9,start=0.99'"]),
+        (["--region", "car:scale=9,start=0.99"], ["'car: scale 9, from 0.99'"]),
         (["--region", "car:end=0.01,prompt=a pink star"], ["'car:end=0.01,prompt=a pink star'"]),
-        (["--interval", "20", "30", "--region", "car:scale=9"], ["guidance", "'car:scale=9'"]),
+        (["--interval", "20", "30", "--region", "car:scale=9"], ["guidance", "'car: scale 9'"]),
         (["--interval", "0.3", "9", "--region", "car:scale=9"], []),
     ],
 )
@@ -358,7 +378,7 @@ WRONG = {
     "zero size": (["--size", "0x64"], "give WIDTHxHEIGHT"),
     "huge size": (["--size", "999999x64"], "up to 8192"),
     "uneven size": (["--size", "66x64"], "64 and 68"),
-    "no guidance": (["--guidance", "magic"], "invalid choice: 'magic'"),
+    "no guidance": (["--guidance", "magic"], "'magic': it is one of scfg, scfg-paper"),
     "not UTF-8": (["a red \udce9 car"], "not UTF-8"),
     "eta": (["--eta", "0.5"], "dpmpp_2m adds none"),
     "no refiner": (["--refiner-from", "0.5"], "give its file with --refiner"),
@@ -372,13 +392,28 @@ WRONG = {
     "absent word": (["--region", "tree:scale=9"], "'tree' is not in the prompt, whose words are: a red car left of"),
     "absent mask": (["--region", "sky.png:scale=9"], "sky.png is no picture to be used as a mask"),
     "empty region": (["--region", "car"], "asks for nothing: give a scale, times or a prompt"),
-    "no area": (["--region", ":scale=9"], "an area is a word of the prompt"),
+    "no area": (["--region", ":scale=9"], "is no area: it is made of words of the prompt"),
     "odd option": (["--region", "car:colour=red"], "asks for 'colour'"),
     "odd value": (["--region", "car:scale=big"], "car:scale=big': scale 'big' is no number from 0 to 1000"),
     "no value": (["--region", "car:scale"], "'car:scale': scale '' is no number"),
     "twice the same": (["--region", "car:scale=3,scale=9"], "gives scale twice"),
     "no comma": (["--region", "car:scale=9prompt=a pink star"], "'9prompt=a pink star' is no number"),
     "base alone": (["--region", "car:scale=3,base=0.5"], "base is what the whole prompt still counts"),
+    "option after a prompt": (["--region", "car:prompt=a star,start=0.2"], "start comes after the prompt"),
+    "no JSON": (["--guidance", "{"], "argument --guidance: '{': "),
+    "no such JSON": (["--guidance", "absent.json"], "'absent.json': "),
+    "hostile JSON": (["--guidance", '{"class": "os.system"}'], "is none of the classes Guidance, CFG"),
+    "beside a guidance": (
+        ["--guidance", '{"class": "CFG", "gamma": 1}', "--scale", "3"],
+        "--scale does not act beside",
+    ),
+    "region beside one": (
+        ["--guidance", '{"class": "CFG", "gamma": 1}', "--region", "car:scale=3"],
+        "--region does not",
+    ),
+    "no picture": (["--from", "absent.png"], "--from absent.png: "),
+    "picture without text": (["--from", str(ROOT / "weights" / "sheet.png")], "no text that says how it was made"),
+    "two perturbations": (["--pag", "1", "--seg", "1"], "not allowed with argument"),
     "no time": (["--region", "car:scale=5,start=0.9,end=0.1"], "is over before it starts"),
     "region not UTF-8": (["--region", "car:prompt=a pink \udce9 star"], "not UTF-8"),
     "empty interval": (["--interval", "9", "0.3"], "give the lower one first"),

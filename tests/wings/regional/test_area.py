@@ -1,5 +1,7 @@
 """Areas as data."""
 
+import copy
+import pickle
 from functools import reduce
 
 import pytest
@@ -58,7 +60,7 @@ def test_operators_and_sizes(tmp_path):
     left[:, :4] = 1
     area = (scfg.words("car") | scfg.mask(left)) & ~scfg.words("red")
     assert area(REGIONS, (4, 8))[0, 0].tolist() == [[1, 1, 1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 0, 0, 0, 0]] * 2
-    assert area.label == str(area) == "(('car' | a mask) & ~'red')"
+    assert repr(area) == str(area) == "(car | a mask) & ~red"
     assert area.phrases == ("car", "red") and area.needs_regions
     assert scfg.mask(left)(None, (2, 2)).tolist() == [[[[1, 0], [1, 0]]]] and not scfg.mask(left).needs_regions
     assert torch.equal(scfg.foreground()(REGIONS, (2, 4)), REGIONS.foreground)
@@ -81,11 +83,16 @@ def test_a_feathered_area_of_words_follows_every_steps_regions():
     assert 0 < here[0, 0, 0, 1] < here[0, 0, 0, 0] < 1
 
 
-@pytest.mark.parametrize("text", ["", "car &", "no-such.png", "~"])
+NO_AREAS = ["", "car &", "no-such.png", "~", "(car", "car)", "'car", "a, b", "a 'b'", "words()", "words(a, b)", "()"]
+NO_AREAS += ["feathered(car)", "feathered(car, x)", "feathered(car, 1001)", "mask()", "mask(none)", "| car", "~&"]
+NO_AREAS += ["(" * 5000 + "car", "~" * 5000 + "car", "car|" * 5000 + "car"]
+
+
+@pytest.mark.parametrize("text", NO_AREAS)
 def test_an_area_that_cannot_be_is_one_line(text):
     with pytest.raises(scfg.BadInput) as caught:
         scfg.parse_area(text)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_masks_of_all_kinds_of_files(tmp_path):
@@ -115,14 +122,71 @@ def test_a_file_that_is_no_mask_is_one_line(tmp_path, monkeypatch):
 
 
 def test_many_operators_take_no_more_than_their_areas():
+    """An area of one's own needs no more than `of`."""
     counted = []
 
-    def of(regions: Regions) -> torch.Tensor:
-        counted.append(1)
-        return regions.foreground
+    class Own(Area):
+        needs_regions = True
 
-    area = reduce(Area.__or__, [Area(of, "an area", needs_regions=True)] * 12)
+        def of(self, regions: Regions) -> torch.Tensor:
+            counted.append(1)
+            return regions.foreground
+
+    area = reduce(Area.__or__, [Own()] * 12)
     assert torch.equal(area(REGIONS, (2, 4)), REGIONS.foreground) and len(counted) == 12
+    assert area.needs_regions and area.phrases == ()
+
+
+DESCRIPTIONS = {  # and how the same area prints
+    "red car": "red car",
+    "  car&~red|foreground ": "car & ~red | foreground",
+    "~(car | red) & star": "~(car | red) & star",
+    "((car | red) | star)": "car | red | star",
+    "car & (red & star)": "car & red & star",
+    "~~car": "~~car",
+    "feathered(car | red, 3)": "feathered(car | red, 3)",
+    "~feathered(car, 0)": "~feathered(car, 0)",
+    "words(car, soft)": "words('car', soft)",
+    "words('it\\'s', against_all, soft)": "words('it\\'s', soft, against_all)",
+    "'foreground'": "words('foreground')",
+    "'a, (b) & c|d: \\\\ e'": "words('a, (b) & c|d: \\\\ e')",
+    "child's toy": "words('child\\'s toy')",
+    '"red car" & words': "red car & words",
+}
+
+
+@pytest.mark.parametrize("text", DESCRIPTIONS)
+def test_a_description_prints_as_what_is_read_back(text):
+    area = scfg.parse_area(text)
+    assert str(area) == repr(area) == DESCRIPTIONS[text]
+    for same in (scfg.parse_area(str(area)), pickle.loads(pickle.dumps(area)), copy.deepcopy(area)):
+        assert same == area and hash(same) == hash(area) and same is not area
+    assert area != scfg.parse_area(f"~({text})") and area.needs_regions
+
+
+def test_masks_are_equal_where_their_pixels_and_files_are(tmp_path):
+    files = [tmp_path / name for name in ("a.png", "b (1), c.png", "d.tif")]
+    for path in files:
+        Image.new("L", (8, 4), 255).save(path)
+        area = scfg.mask(path)
+        assert scfg.parse_area(str(area)) == area == pickle.loads(pickle.dumps(area)) and str(path) in str(area)
+    assert scfg.mask(files[0]) != scfg.mask(files[1])
+    before = scfg.mask(files[0])
+    Image.new("L", (8, 4), 9).save(files[0])
+    assert scfg.mask(files[0]) != before
+    ones, zeros = scfg.mask(torch.ones(2, 2)), scfg.mask(torch.zeros(2, 2))
+    assert ones == scfg.mask(torch.ones(2, 2)) != zeros and hash(ones) == hash(scfg.mask(torch.ones(2, 2)))
+    assert (ones & "car") == (ones & scfg.words("car")) != (zeros & "car")
+
+
+def test_a_description_stands_wherever_an_area_does():
+    car, red = scfg.words("car"), scfg.words("red")
+    assert car & "red" == car & red and "car" & red == car & red and "car" | red == car | "red" == car | red
+    assert car & "red | star" == car & (red | scfg.words("star"))
+    assert scfg.Region("car", scale=9.0) == scfg.Region(car, scale=9.0)
+    for other in (3, None, torch.ones(2, 2)):
+        with pytest.raises(scfg.BadInput, match="or a description, not"):
+            car & other
 
 
 def test_blanks_and_signs_do_not_keep_a_phrase_from_being_found():

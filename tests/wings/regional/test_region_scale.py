@@ -18,19 +18,19 @@ def test_a_region_acts_from_its_start_to_its_end():
     region = Region(scfg.foreground(), times=2.0, start=0.25, end=0.5)
     moments = [Schedule().moment(float(SIGMAS[t])) for t in (999, 700, 600, 400)]
     assert [region.acts(moment) for moment in moments] == [False, True, True, False]
-    assert str(region) == "the foreground: times 2, from 0.25, to 0.5"
+    assert str(region) == "foreground: times 2, from 0.25, to 0.5"
     assert Region(scfg.foreground()).acts(Schedule().moment(0.0)) and Region(scfg.foreground()).acts(moments[0])
 
 
 def test_a_region_is_given_as_an_area_or_as_its_description():
     for given in (scfg.words("car"), "car"):
         region = Region(given, scale=9.0)
-        assert isinstance(region.area, scfg.Area) and str(region) == "'car': scale 9"
+        assert isinstance(region.area, scfg.Area) and str(region) == "car: scale 9"
         outputs, moment = at(3.0, pictures=slice(1, None))
         scale = ByRegion(CFG(5.0), (region,))(outputs, REGIONS, moment)
         assert scale[0, 0, 0].tolist() == [9.0] * 8 + [5.0] * 8 and (scale[0, 0, 6:] == 5).all()
-    assert Region("car & ~red").area.label == "('car' & ~'red')"
-    with pytest.raises(scfg.BadInput, match="an area is a word of the prompt, a picture file or foreground"):
+    assert Region("car & ~red").area == scfg.words("car") & ~scfg.words("red")
+    with pytest.raises(scfg.BadInput, match="words of the prompt, picture files or foreground"):
         Region("")
 
 

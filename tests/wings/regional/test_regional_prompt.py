@@ -278,7 +278,7 @@ def test_a_part_that_is_nearly_nowhere_has_no_say_and_is_told(flat):
     for area, pictures in zip(areas, ([1, 1], [1, 1], [1, 0]), strict=True):
         prompt = RegionalPrompt(whole, (Part(area, fish),))
         found = flat.denoiser(prompt, CFG(3.0))(x, 5.0, first._replace(flags={}))
-        assert {name: n.tolist() for name, n in found.flags.items()} == {f"{area.label} {NOWHERE}": pictures}
+        assert {name: n.tolist() for name, n in found.flags.items()} == {f"{area} {NOWHERE}": pictures}
         for i, nowhere in enumerate(pictures):
             assert (error(found.x0[i], plain[i]) < 1e-5) == bool(nowhere)
     tiny[0, 15] = 1

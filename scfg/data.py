@@ -1,0 +1,155 @@
+"""A Guidance as plain data, for JSON and back.
+
+Such data comes from strangers, in the text of a picture: only the classes of one table can come of it, and every field
+is checked against its annotation.
+"""
+
+import importlib
+import math
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import BadInput
+from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe
+
+CLASSES = {  # by name, where they are
+    "Guidance": "guidance",
+    "CFG": "guidance",
+    "SCFG": "guidance",
+    "Recipe": "segment",
+    "Energy": "methods",
+    "Product": "methods",
+    "ByRegion": "regional",
+    "Region": "regional",
+    "APG": "methods",
+    "FDG": "methods",
+    "OptimizedScale": "methods",
+    "TCFG": "methods",
+    "PAG": "methods",
+    "SEG": "methods",
+    "Rescale": "methods",
+    "Interval": "methods",
+    "Ramp": "methods",
+}
+RULES = ("CFG", "SCFG", "Energy", "Product", "ByRegion")
+SLOTS = {  # the classes that may fill a field whose annotation names none
+    ("Guidance", "scale"): RULES,
+    ("Guidance", "direction"): ("APG", "FDG", "OptimizedScale", "TCFG"),
+    ("Guidance", "perturb"): ("PAG", "SEG"),
+    ("Guidance", "rescale"): ("Rescale",),
+    ("Guidance", "when"): ("Interval", "Ramp"),
+    ("Product", "first"): RULES,
+    ("Product", "second"): RULES,
+    ("ByRegion", "base"): RULES,
+}
+RECIPES = {"official": OFFICIAL, "conditional": CONDITIONAL, "paper": PAPER}
+
+
+def class_of(name: str) -> type:
+    return getattr(importlib.import_module(f".{CLASSES[name]}", __package__), name)
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """A Guidance, or whatever may be part of one, as dicts, lists, numbers and strings: {"class": NAME, FIELD: ...}.
+
+    Areas become their descriptions, the recipes of this package their names, infinity "inf". Raises BadInput for what
+    data cannot hold: functions, tensors, masks of tensors, classes of other packages.
+    """
+    name = type(value).__name__
+    if name not in CLASSES or type(value) is not class_of(name):
+        raise BadInput(f"{value!r} cannot be written as data: a Guidance may hold {', '.join(CLASSES)}")
+    return {"class": name} | {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+
+
+def plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, tuple | list):
+        return [plain(one) for one in value]
+    if isinstance(value, Recipe):
+        return next((name for name, recipe in RECIPES.items() if recipe == value), None) or to_dict(value)
+    return description(value) if hasattr(value, "needs_regions") else to_dict(value)
+
+
+def description(area: Any) -> str:
+    """An area as text, from which it can be read back."""
+    from .regional import parse_area
+
+    try:
+        if parse_area(str(area)) == area:
+            return str(area)
+    except BadInput:
+        pass
+    raise BadInput(f"{area} has no description: give its mask as a file")
+
+
+def from_dict(data: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; fields that are left out have their defaults. Raises BadInput for anything else."""
+    try:
+        return made(data, tuple(CLASSES), "guidance")
+    except RecursionError:
+        raise BadInput("guidance: it is too deep to be read") from None
+
+
+def made(data: Any, allowed: tuple[str, ...], where: str) -> Any:
+    """An instance of one of the allowed classes."""
+    name = data.get("class") if isinstance(data, dict) else None
+    if not isinstance(name, str) or name not in allowed:
+        raise BadInput(f"{where}: {shown(data)} is none of the classes {', '.join(allowed)}")
+    kind, given = class_of(name), {key: value for key, value in data.items() if key != "class"}
+    hints = get_type_hints(kind)
+    unknown = sorted(map(str, given.keys() - {field.name for field in fields(kind)}))
+    if unknown:
+        raise BadInput(f"{where}: {name} has no {shown(unknown[0])}")
+    values = {
+        field: slot(value, SLOTS[name, field], f"{where}.{field}")
+        if (name, field) in SLOTS
+        else checked(value, hints[field], f"{where}.{field}")
+        for field, value in given.items()
+    }
+    try:
+        return kind(**values)
+    except TypeError:
+        raise BadInput(f"{where}: {name} lacks a field") from None
+
+
+def slot(value: Any, allowed: tuple[str, ...], where: str) -> Any:
+    """What fills a slot; an empty one says None, which Guidance itself refuses where there must be something."""
+    return None if value is None else made(value, allowed, where)
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """The value that data stands for, by a field's annotation."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        hints = [one for one in arguments if one is not type(None)]
+        return None if value is None and len(hints) < len(arguments) else checked(value, hints[0], where)
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            return tuple(checked(one, kind, f"{where}[{i}]") for i, (one, kind) in enumerate(zip(value, kinds)))
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and value in ("inf", "-inf"):
+        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30:
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    if hint is Recipe:
+        return RECIPES[value] if isinstance(value, str) and value in RECIPES else made(value, ("Recipe",), where)
+    if is_dataclass(hint) and hint.__name__ in CLASSES:
+        return made(value, (hint.__name__,), where)
+    if getattr(hint, "__name__", "") == "Area" and isinstance(value, str):
+        from .regional import parse_area
+
+        return parse_area(value)
+    raise BadInput(f"{where}: {shown(value)} cannot be its value")
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
