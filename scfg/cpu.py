@@ -78,6 +78,14 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
+def pack_layers(network: nn.Module) -> None:
+    """Replace a network's linear layers and convolutions by packed ones, in place."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) in (nn.Linear, nn.Conv2d) and len(layer.weight) >= FEWEST:
+                setattr(parent, name, Packed(layer))
+
+
 def pack(model: Diffusion) -> bool:
     """Make a model on the CPU faster, for good and in place; False, and nothing changed, where that is not possible.
 
@@ -86,9 +94,6 @@ def pack(model: Diffusion) -> bool:
     """
     if model.device.type != "cpu" or not can_pack(model.dtype):
         return False
-    for network in (model.unet, model.vae):
-        for parent in list(network.modules()):
-            for name, layer in list(parent.named_children()):
-                if type(layer) in (nn.Linear, nn.Conv2d) and len(layer.weight) >= FEWEST:
-                    setattr(parent, name, Packed(layer))
+    pack_layers(model.unet)
+    pack_layers(model.vae)
     return True

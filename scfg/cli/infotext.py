@@ -54,7 +54,7 @@ def write(prompt: str, negative: str, facts: Mapping[str, Any]) -> str:
 
     plain = text(facts)
     ambiguous = read(plain)[:2] != (prompt, negative)  # the prompt has a line that reads as a negative one
-    return text({**facts, "Prompt": prompt, "Negative": negative}) if ambiguous else plain
+    return text({**facts, "Prompts": json.dumps([prompt, negative], ensure_ascii=False)}) if ambiguous else plain
 
 
 def read(text: str) -> Infotext:
@@ -64,8 +64,11 @@ def read(text: str) -> Infotext:
     if len(facts) < 3:
         raise BadInput("it holds no settings of a Stable Diffusion tool")
     first = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
-    negative = "\n".join(lines[first:]).removeprefix(NEGATIVE).removeprefix(" ")
-    return Infotext(facts.pop("Prompt", "\n".join(lines[:first])), facts.pop("Negative", negative), facts)
+    prompts = ["\n".join(lines[:first]), "\n".join(lines[first:]).removeprefix(NEGATIVE).removeprefix(" ")]
+    prompts = listed(facts.pop("Prompts")) if "Prompts" in facts else prompts
+    if len(prompts) != 2:
+        raise BadInput("its prompts are not two texts")
+    return Infotext(*prompts, facts)
 
 
 def read_picture(path: Path) -> Infotext:
@@ -107,5 +110,5 @@ def listed(text: str) -> list[str]:
     except (json.JSONDecodeError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise BadInput("its region prompts are no list of texts")
+        raise BadInput("its prompts are no list of texts")
     return found

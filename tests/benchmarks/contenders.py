@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "parity"), str(TESTS.parent)]
 import original  # noqa: E402
 
 import scfg  # noqa: E402
+import scfg.cpu as cpu  # noqa: E402
 from scfg import CFG, SCFG, Maps, Outputs, Prompt, segment_maps  # noqa: E402
 from scfg.config import SD1, SDXL, Config  # noqa: E402
 from scfg.unet import UNet  # noqa: E402
@@ -131,6 +133,31 @@ def their_step(unet: nn.Module, config: Config, x: Tensor, prompt: Prompt, expli
     return step
 
 
+class OpenVINO(nn.Module):
+    """diffusers' network, converted, on the CPU: what people take for speed there."""
+
+    def __init__(self, unet: nn.Module, config: Config, side: int):
+        super().__init__()
+        import openvino
+
+        class Plain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.unet = unet
+
+            def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+                return self.unet(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+        given = torch.randn(2, 4, side, side), torch.tensor(500.0), torch.randn(2, 77, config.unet.context_dim)
+        model = openvino.convert_model(Plain(), example_input=given, input=[one.shape for one in given])
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        self.compiled, self.dtype = openvino.Core().compile_model(model, "CPU", exact), unet.dtype
+
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: None) -> SimpleNamespace:
+        found = self.compiled([x.numpy(), t.numpy(), encoder_hidden_states.numpy()])
+        return SimpleNamespace(sample=torch.from_numpy(found[0].copy()))
+
+
 def steps(reference: nn.Module, config: Config, side: int, compiled: bool = False) -> dict[str, Step]:
     """Every contender by name, on a latent of side x side."""
     model, (x, prompt) = ours_of(reference, config), inputs(config, side, reference.device)
@@ -146,6 +173,12 @@ def steps(reference: nn.Module, config: Config, side: int, compiled: bool = Fals
         name: our_step(model, guidance, x, prompt)
         for name, guidance in (("CFG", CFG(GAMMA)), ("S-CFG", RULE), ("S-CFG, paper", PAPER_RULE))
     }
+    if str(reference.device) == "cpu" and not compiled:
+        packed = ours_of(reference, config)
+        assert cpu.can_pack(reference.dtype)
+        cpu.pack_layers(packed.unet)
+        ours |= {"CFG, packed": our_step(packed, CFG(GAMMA), x, prompt)}
+        ours |= {"S-CFG, packed": our_step(packed, RULE, x, prompt)}
     return ours | {
         "diffusers CFG": their_step(reference, config, x, prompt),
         "diffusers S-CFG, explicit": their_step(hooked.eval(), config, x, prompt, explicit),

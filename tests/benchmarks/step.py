@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import FAMILIES, GAMMA, MOMENT, PAPER_RULE, RULE, Step, inputs, reference_unet, steps
+from contenders import (
+    FAMILIES,
+    GAMMA,
+    MOMENT,
+    PAPER_RULE,
+    RULE,
+    OpenVINO,
+    Step,
+    inputs,
+    reference_unet,
+    steps,
+    their_step,
+)
 from counting import Bytes
 from timing import alternated, ratio, synchronise
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -48,7 +60,14 @@ PAIRS = (
     ("S-CFG, paper", "CFG"),
     ("S-CFG", "diffusers CFG"),
     ("diffusers S-CFG, explicit", "diffusers CFG"),
+    ("CFG, packed", "diffusers CFG"),
+    ("CFG, packed", "CFG"),
+    ("S-CFG, packed", "diffusers CFG"),
+    ("OpenVINO CFG", "diffusers CFG"),
+    ("CFG, packed", "OpenVINO CFG"),
 )
+QUICK = ("CFG", "S-CFG", "CFG, packed", "S-CFG, packed", "diffusers CFG")
+COMPARED = (*PAIRS[:2], ("CFG, packed", "CFG"), ("OpenVINO CFG", "diffusers CFG"))
 
 
 @torch.no_grad()
@@ -62,10 +81,13 @@ def part_steps(args: argparse.Namespace) -> dict[str, Any]:
     reference = reference_unet(args.family, args.device, args.dtype)
     contenders: dict[str, Step] = steps(reference, config, args.side, args.compile)
     if args.quick:
-        contenders = {name: contenders[name] for name in ("CFG", "S-CFG", "diffusers CFG")}
+        contenders = {name: contenders[name] for name in QUICK if name in contenders}
+    if args.openvino:
+        converted, (x, prompt) = OpenVINO(reference, config, args.side), inputs(config, args.side)
+        contenders["OpenVINO CFG"] = their_step(converted, config, x, prompt)
     results, differences = {name: step() for name, step in contenders.items()}, {}  # the warm-up as well
     pairs = [(a, b) for a, b in PAIRS if {a, b} <= set(contenders) and not (args.compile and "explicit" in a + b)]
-    for a, b in PAIRS[:2]:
+    for a, b in COMPARED:
         if {a, b} <= set(contenders):
             apart = (results[a] - results[b]).abs().flatten() / results[b].abs().max()
             differences[f"{a} - {b}"] = {"99th percentile": apart.quantile(0.99).item(), "largest": apart.max().item()}
@@ -255,6 +277,17 @@ PARTS = {
 }
 
 
+def processor() -> str:
+    """The CPU's name and the instruction sets that matter here."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    except (OSError, ValueError):
+        return platform.machine()
+    said = {name.strip(): value.strip() for name, value in lines.items()}
+    sets = [name for name in said.get("flags", "").split() if name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")]
+    return f"{said.get('model name', platform.machine())} ({', '.join(sets)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
@@ -272,8 +305,9 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="our CFG and S-CFG steps and diffusers' CFG step only, for the part `steps`",
+        help="our CFG and S-CFG steps, plain and packed, and diffusers' CFG step only, for the part `steps`",
     )
+    parser.add_argument("--openvino", action="store_true", help="OpenVINO's CFG step too, which must be installed")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -286,7 +320,7 @@ def main() -> None:
         parser.error(f"no part {', '.join(unknown)}: there is {', '.join(PARTS)}")
     args.side = args.side or {"sd1": 64, "sdxl": 128}[args.family]
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "float16"))
-    on_cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    on_cpu = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     found = {
         "machine": on_cpu if args.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("diffusers")
+pytest.importorskip("kornia")
 
 from diffusers.guiders import (  # noqa: E402
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
     ClassifierFreeZeroStarGuidance,
+    FrequencyDecoupledGuidance,
+    TangentialClassifierFreeGuidance,
 )
 from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0  # noqa: E402
 
@@ -30,6 +33,14 @@ CASES: dict[str, tuple[scfg.Guidance, Callable[[], Any]]] = {
     "zero": (
         scfg.Guidance(scale=scfg.CFG(GAMMA), direction=scfg.OptimizedScale()),
         lambda: ClassifierFreeZeroStarGuidance(GAMMA, zero_init_steps=0),
+    ),
+    "TCFG": (
+        scfg.Guidance(scale=scfg.CFG(GAMMA), direction=scfg.TCFG()),
+        lambda: TangentialClassifierFreeGuidance(GAMMA),
+    ),
+    "FDG": (
+        scfg.Guidance(scale=scfg.CFG(GAMMA), direction=scfg.FDG(low=0.4, high=1.0)),
+        lambda: FrequencyDecoupledGuidance([GAMMA, 1 + 0.4 * (GAMMA - 1)]),
     ),
     "APG": (
         scfg.Guidance(scale=scfg.CFG(GAMMA), direction=scfg.APG(eta=0.3, limit=10.0, momentum=-0.5)),
@@ -63,6 +74,8 @@ def test_guider(name: str) -> None:
         outputs = scfg.Outputs(x, cond, uncond, None, cond - uncond, cond, 1.0)
         if name == "zero":  # which is defined on velocities: the outputs are v
             outputs = outputs._replace(x0=moment.to_x0(x, cond), dx0_dout=moment.dx0_dout)
+        if name == "TCFG":  # on noise: the outputs are eps
+            outputs = outputs._replace(x0=x - moment.sigma * cond, dx0_dout=-moment.sigma)
         guided = guidance.combine(outputs, None, moment, state)
         state = guided.state
         close(guided.out, guider.forward(cond, uncond).pred, 1e-5)

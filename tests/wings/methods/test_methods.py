@@ -8,13 +8,18 @@ import torch
 from conftest import error, seeded
 from handmade import SHAPE, at, halves, one_of, outputs
 
+from torch.nn import functional
+
 import scfg
 from scfg import (
     APG,
     CFG,
+    FDG,
     OFFICIAL,
     PAG,
     SCFG,
+    SEG,
+    TCFG,
     Energy,
     Guidance,
     Interval,
@@ -42,6 +47,8 @@ def test_slots_that_ask_for_nothing_change_no_bit():
         {"direction": APG(1.0, None, 0.0)},
         {"rescale": Rescale(0.0)},
         {"perturb": PAG(0.0)},
+        {"perturb": SEG(0.0)},
+        {"direction": FDG(1.0, 1.0)},
         {"when": Ramp(1.0, 1.0)},
         {"when": Interval(0.0, 100.0)},
         {"scale": Product(CFG(5.0), CFG(1.0))},
@@ -65,7 +72,7 @@ RULES = [CFG(5.0), SCFG(5.0), SCFG.paper(5.0), SCFG.mean(5.0), Energy(7.0, 4.0),
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["cfg", "scfg", "paper", "mean", "energy", "product"])
-@pytest.mark.parametrize("direction", [None, APG(), OptimizedScale()], ids=["plain", "apg", "optimized"])
+@pytest.mark.parametrize("direction", [None, APG(), OptimizedScale(), TCFG(), FDG()], ids=str)
 @pytest.mark.parametrize("others", [{}, {"perturb": PAG(), "rescale": Rescale()}], ids=["", "pag+rescale"])
 def test_any_combination_is_finite_repeatable_and_independent_of_the_batch(rule, direction, others):
     guidance, states = Guidance(direction=direction, scale=rule, when=Ramp(), **others), [None] * 3
@@ -97,6 +104,107 @@ def test_apg_against_the_formula_in_float64():
         unit = c / c.flatten(1).norm(dim=1)[:, None, None, None]
         parallel = (step * unit).sum((1, 2, 3), keepdim=True) * unit
         assert error(gain * guided.out + offset, c + 5 * (step - parallel + 0.2 * parallel)) < 1e-7
+
+
+@pytest.mark.parametrize("sigma", [9.0, 0.5])
+def test_tangential_damping_against_the_formula_in_float64(sigma):
+    """2503.18137, algorithm 1: uncond' = (uncond v1) v1, v1 the first right singular vector of both noises."""
+    moment, x = Schedule().moment(sigma), sigma * seeded(*SHAPE, seed=3).double()
+    cond, uncond = seeded(*SHAPE, seed=1).double(), 0.7 * seeded(*SHAPE, seed=2).double()
+    found = Guidance(direction=TCFG(), scale=CFG(6.0)).combine(outputs(moment, cond, uncond, x=x), None, moment).out
+    for i in range(2):
+        pair = torch.stack([cond[i].flatten(), uncond[i].flatten()])
+        values, vectors = torch.linalg.eigh(pair @ pair.T)  # of the two noises' products: no singular vectors needed
+        first = vectors[:, -1] @ pair / values[-1].sqrt()
+        damped = ((pair[1] @ first) * first).view_as(cond[i])
+        assert error(found[i], damped + 6 * (cond[i] - damped)) < 1e-10
+        assert error(damped, uncond[i]) > 0.1
+
+
+def test_low_and_high_frequencies_add_up_and_are_guided_apart():
+    """A constant is of low frequency alone; a chequerboard, away from the borders, of high frequency alone."""
+    board = torch.ones(1, 4, 16, 16)
+    board[..., ::2, 1::2] = board[..., 1::2, ::2] = -1
+    given, moment = at(3.0)
+    for difference, share in ((torch.ones(1, 4, 16, 16), 0.25), (board, 0.5)):
+        found, state = FDG(0.25, 0.5)(given._replace(difference=difference), moment, None)
+        assert error(found[..., 4:-4, 4:-4], share * difference[..., 4:-4, 4:-4]) < 1e-6 and state is None
+    for size in ((16, 12), (13, 19), (2, 2), (1, 3)):
+        difference = seeded(2, 4, *size)
+        low, high = (
+            FDG(*weights)(given._replace(difference=difference), moment, None)[0] for weights in ((1, 0), (0, 1))
+        )
+        assert error(low + high, difference) < 1e-6 and low.shape == difference.shape
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (6, 9), (1, 5)])
+@pytest.mark.parametrize("sigma", [0.0, 0.4, 2.0, 50.0, math.inf])
+def test_smoothed_energy_blurs_queries_in_its_layers_alone(size, sigma):
+    """2408.00760 and its authors' program: a kernel of 6 sigma + 1 taps, at most the side's, borders reflected."""
+    h, w = size
+    q, k, v = (seeded(1, 2, h * w, 8, seed=seed).double() for seed in (1, 2, 3))
+    seg, here = (
+        SEG(sigma=sigma, layers=("middle_block",)),
+        Site("middle_block.1.transformer_blocks.0", "self", size, None),
+    )
+    picture = q.permute(0, 1, 3, 2).reshape(1, 16, h, w)
+    if math.isinf(sigma):
+        blurred = picture.mean((-2, -1), keepdim=True).expand_as(picture)
+    elif sigma == 0:
+        blurred = picture
+    else:
+        taps = [min(math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2, side - (side % 2 - 1)) for side in size]
+        lines = [torch.exp(-0.5 * ((torch.arange(n) - (n - 1) / 2).double() / sigma) ** 2) for n in taps]
+        kernel = torch.outer(lines[0] / lines[0].sum(), lines[1] / lines[1].sum()).expand(16, 1, *taps)
+        margins = (taps[1] // 2, taps[1] // 2, taps[0] // 2, taps[0] // 2)
+        blurred = functional.conv2d(functional.pad(picture, margins, mode="reflect"), kernel, groups=16)
+    expected = scfg.attention(blurred.reshape(1, 2, 8, h * w).permute(0, 1, 3, 2), k, v, here)
+    assert error(seg.attend(q, k, v, here), expected) < 1e-6
+    plain = scfg.attention(q, k, v, here)
+    assert sigma == 0 or error(expected, plain) > 1e-3
+    for elsewhere in (here._replace(kind="cross"), here._replace(block="input_blocks.1.1.transformer_blocks.0")):
+        assert torch.equal(seg.attend(q, k, v, elsewhere), plain)
+
+
+@pytest.mark.parametrize("schedule", [Schedule("eps"), Schedule("v")], ids=["eps", "v"])
+def test_cfg_pp_against_the_paper_in_float64(schedule):
+    """2406.08070, algorithm 2, in its variance-preserving form: x0 of the guided noise, renoised by the unconditional."""
+    target, sigmas = seeded(*SHAPE, seed=4).double(), [5.0, 2.0, 0.7, 0.0]
+    x, guidance, shares = 5 * seeded(*SHAPE, seed=5).double(), Guidance(scale=CFG(0.6)), []
+
+    def denoise(x, sigma, previous):
+        moment = schedule.moment(sigma)
+        cond, uncond = torch.tanh(x - target), torch.tanh(0.5 * x)
+        given = outputs(moment, cond, uncond, x=x)
+        shares.append((cond, uncond))
+        x0 = moment.to_x0(x, guidance.combine(given, None, moment).out)
+        return scfg.Denoised(x0, given, None, None, {}, None, {})
+
+    for i, (after, _) in enumerate(scfg.euler_cfg_pp(denoise, x, sigmas, None)):
+        sigma, following = sigmas[i], sigmas[i + 1]
+        a, a_next = 1 / (sigma**2 + 1), 1 / (following**2 + 1)
+        moment, (cond, uncond) = schedule.moment(sigma), shares[i]
+        eps = [(x - moment.to_x0(x, out)) / sigma for out in (uncond, cond)]
+        guided, z = eps[0] + 0.6 * (eps[1] - eps[0]), math.sqrt(a) * x
+        x0 = (z - math.sqrt(1 - a) * guided) / math.sqrt(a)
+        x = (math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps[0]) / math.sqrt(a_next)
+        assert error(after, x) < 1e-6
+        x = after
+    assert i == 2
+
+
+def test_cfg_pp_without_guidance_is_euler_and_takes_what_is_sent(flat):
+    unguided = Guidance(scale=CFG(3.0), when=Interval(100.0, 200.0))
+    steps = {
+        sampler: list(flat.sample(CAPTION, unguided, sampler=sampler, steps=3))
+        for sampler in ("euler", scfg.euler_cfg_pp)
+    }
+    assert error(steps[scfg.euler_cfg_pp][-1].x, steps["euler"][-1].x) < 1e-5
+    run = flat.sample(CAPTION, CFG(0.6), sampler=scfg.euler_cfg_pp, steps=3)
+    first = next(run)
+    second = run.send(2 * first.x)
+    *_, again = zip(range(2), flat.sample(CAPTION, CFG(0.6), sampler=scfg.euler_cfg_pp, steps=3))
+    assert error(second.x, again[1].x) > 1e-2
 
 
 def as_eps(v: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -131,7 +239,7 @@ def test_the_optimized_scale_against_the_formula_in_float64(sigma, prediction):
 
 
 @pytest.mark.parametrize("sigma", [12.0, 1.0, 0.05])
-@pytest.mark.parametrize("direction", [OptimizedScale(), APG(limit=3.0)], ids=["optimized", "apg"])
+@pytest.mark.parametrize("direction", [OptimizedScale(), APG(limit=3.0), TCFG(), FDG()], ids=str)
 def test_directions_guide_to_one_x0_whether_the_network_says_eps_or_v(sigma, direction):
     kinds, _ = both_kinds(sigma)
     guidance, found, states = Guidance(direction=direction, scale=CFG(6.0)), {}, {}
@@ -244,7 +352,6 @@ def test_printing_a_guidance_shows_the_order_and_the_rows():
     assert str(Guidance(scale=CFG(5.0))).splitlines()[-1] == "rows a step: 2 (uncond, cond)"
 
 
-# This and the next fail while PAG.attend does not know a block by its whole name, which Diffusion.denoiser accepts.
 def test_perturbed_attention_is_the_identity_in_its_layers_and_nowhere_else():
     q, k, v = (seeded(1, 2, 6, 8, seed=seed) for seed in (1, 2, 3))
     pag, bias = PAG(layers=("input_blocks.1", "middle_block.1.transformer_blocks.0")), seeded(1, 1, 6, 6)
@@ -304,6 +411,8 @@ def test_layers_that_are_not_there_are_named(flat):
             lambda: PAG(layers="middle_block"),
             r"layers are names of blocks in a tuple, such as \('middle_block',\), not",
         ),
+        (lambda: SEG(layers=()), r"layers are names of blocks in a tuple"),
+        (lambda: SEG(sigma=-1.0), "sigma is the width of a blur in pixels, from 0 to infinity, not -1"),
         (lambda: PAG(layers=()), r"layers are names of blocks in a tuple, .* not \(\)"),
     ],
 )
