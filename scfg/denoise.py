@@ -11,11 +11,11 @@ from torch import Tensor
 from .guidance import Guidance, Outputs, Row
 from .schedule import Moment, Schedule
 from .segment import Recipe, Regions
-from .text import PlacedPrompt
+from .text import Conditioner
 from .unet import Capture, Maps
 
 Network = Callable[..., tuple[Tensor, dict[str, Any]]]  # UNet.forward's signature; a wing may wrap it
-ZEROS = "the unconditional context is all zeros: the foreground is the conditional half's"
+ZEROS = "the unconditional context is all zeros: the foreground is the conditional row's"
 
 
 class Evaluated(NamedTuple):
@@ -31,7 +31,7 @@ class Denoised(NamedTuple):
     """Everything that one evaluation computed, for b pictures with latents of h x w."""
 
     x0: Tensor  # (b c h w) the clean latent expected
-    outputs: Outputs  # what the network said
+    outputs: Outputs  # of the network
     scale: Tensor  # (b 1 h w) the guidance scale at every pixel
     regions: Regions | None  # of the conditional row, where maps were read
     maps: dict[str, Maps]  # by block, of the rows uncond and cond one after the other; where Denoiser.capture is set
@@ -45,7 +45,7 @@ class Denoiser:
 
     network: Network
     schedule: Schedule
-    prompt: PlacedPrompt  # or a wing's: whatever has its layout and its condition()
+    prompt: Conditioner  # or a wing's: whatever has its layout and its condition()
     guidance: Guidance
     dtype: torch.dtype = torch.float32  # the network's
     segment: Recipe | None = None  # reads regions at every step; None: the rule's recipe does, on guided steps

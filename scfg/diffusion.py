@@ -127,9 +127,9 @@ class Diffusion:
             if not any(f"{name}.".startswith(f"{layer}.") for name in names):
                 raise BadInput(f"no transformer block is in {layer!r}: UNet.transformer_names() lists where they are")
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
-        placed = prompt.place(self.config, self.device, self.dtype)
         config = self.config
-        return Denoiser(self.unet, config.schedule, placed, guidance, self.dtype, segment, config.map_divisor, capture)
+        prompt = prompt.conditioner(config, self.device, self.dtype)
+        return Denoiser(self.unet, config.schedule, prompt, guidance, self.dtype, segment, config.map_divisor, capture)
 
     def spacing(self, sampler: str | Sampler) -> Spacing:
         """The noise levels native to the family, or else usual for the sampler."""
@@ -289,14 +289,14 @@ def load(
     return Diffusion(config, unet, first_stage, text)
 
 
-def predicted_by_sd2(unet: UNet, config: Config, asked: Prediction | None) -> tuple[Prediction, Config]:
-    """What an SD 2.x network predicts, as asked for or by its answer to noise, and the config that goes with it."""
+def predicted_by_sd2(unet: UNet, config: Config, requested: Prediction | None) -> tuple[Prediction, Config]:
+    """What an SD 2.x network predicts, as requested or by its answer to noise, and the config that goes with it."""
     found = seems_to_predict(unet)
     unsaid = "an SD 2.x file does not say what it predicts"
     what = f"{unsaid}: taken as {found}, by its answer to pure noise; --prediction says otherwise"
-    if asked:
-        what = f"prediction {asked} was asked for, but this network answers pure noise as one of {found}"
-    if asked != found:
+    if requested:
+        what = f"prediction {requested} was asked for, but this network answers pure noise as one of {found}"
+    if requested != found:
         warnings.warn(what, stacklevel=3)
-    base = (asked or found) == "eps"
-    return asked or found, replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if base else config
+    base = (requested or found) == "eps"
+    return requested or found, replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if base else config

@@ -66,7 +66,7 @@ class SCFG:
     """Semantic-aware guidance (arXiv 2404.05384): every region's share of the difference is brought to one level.
 
     SCFG(7.5) is what the authors' program computes, SCFG.paper(7.5) what their paper says, SCFG.mean(7.5) the former
-    with the whole picture as benchmark, SCFG.conditional(7.5) with the conditional half's foreground.
+    with the whole picture as benchmark, SCFG.conditional(7.5) with the conditional row's foreground.
     """
 
     gamma: float

@@ -67,7 +67,7 @@ class Recipe:
     smooth: bool  # blur every layer's maps
     normalise: Literal["mean", "sum"]  # what a token's map is divided by, over space
     ties: bool  # pixels with equal best tokens belong to all of them, or to the first
-    # pixels where the other tokens together beat the start token, in the unconditional or the conditional half; or
+    # pixels where the other tokens together beat the start token, in the unconditional or the conditional row; or
     # "assigned": where the owning token is no start token
     foreground: Literal["uncond", "cond", "assigned"]
 
@@ -85,28 +85,28 @@ class Recipe:
     def assign(self, cond: Sequence[Tensor], uncond: Sequence[Tensor] | None, tokens: Tokens) -> Regions:
         """Completed maps of all layers, each (b t h w) -> Regions of the conditional row on the largest of their grids.
 
-        The foreground is the conditional half's where there is no unconditional one or its context is all zeros: maps
+        The foreground is the conditional row's where there is no unconditional one or its context is all zeros: maps
         of zeros are uniform, and comparing them would compare rounding errors. The start tokens of a long prompt are
         identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
         size = max([layer.shape[-2:] for layer in cond], key=math.prod)
-        two_halves = uncond is not None and self.foreground == "uncond"
-        scores, balance = 0, 0
+        both = uncond is not None and self.foreground == "uncond"
+        scores, attention = 0, 0
         for i, layer in enumerate(cond):
-            halves = torch.cat([layer, uncond[i]]) if two_halves else layer
-            halves = halves if halves.shape[-2:] == size else F.interpolate(halves, size=size, mode="bilinear")
-            halves = blur(halves) if self.smooth else halves
-            layer, other = halves.chunk(2) if two_halves else (halves, halves)
+            rows = torch.cat([layer, uncond[i]]) if both else layer
+            rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
+            rows = blur(rows) if self.smooth else rows
+            layer, source = rows.chunk(2) if both else (rows, rows)  # source: of the foreground
             total = layer.mean((-2, -1), keepdim=True) + 1e-8
             if self.normalise == "sum":
                 total = layer.sum((-2, -1), keepdim=True).clamp_min(LEAST)
             scores = scores + layer / total / len(cond)
             if self.foreground != "assigned":
-                if two_halves and tokens.zero_uncond is not None:
-                    other = torch.where(tokens.zero_uncond[:, None, None, None], layer, other)
-                by_place = rearrange(other, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
+                if both and tokens.zero_uncond is not None:
+                    source = torch.where(tokens.zero_uncond[:, None, None, None], layer, source)
+                by_place = rearrange(source, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
                 sums = torch.stack([by_place[:, 0].sum(1), by_place[:, 1:].sum((1, 2))], 1)
-                balance = balance + relative(sums)  # of the start token and of all others
+                attention = attention + relative(sums)  # of the start token and of all others
         counts = scores.new_ones(scores.shape[1], 1, 1)
         counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
         scores = scores * counts
@@ -114,7 +114,7 @@ class Recipe:
         owners = torch.zeros_like(scores).scatter(1, best, 1.0)
         if self.ties:
             owners = (scores == scores.amax(1, keepdim=True)).to(scores.dtype)
-        foreground = best % tokens.chunk != 0 if self.foreground == "assigned" else balance[:, 1:] > balance[:, :1]
+        foreground = best % tokens.chunk != 0 if self.foreground == "assigned" else attention[:, 1:] > attention[:, :1]
         return Regions(owners, foreground.to(scores.dtype), scores, tokens.words)
 
 

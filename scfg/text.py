@@ -37,7 +37,7 @@ class Prompt:
     def pictures(self) -> int:
         return max(map(len, self.context.values()))
 
-    def place(self, config: Config, device: torch.device, dtype: torch.dtype) -> "PlacedPrompt":
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "Conditioner":
         """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
         if config.unet.vector_dim and not self.pooled:
             raise BadInput(f"{config.name} takes the pooled text too: give Prompt(context=..., pooled=...)")
@@ -54,11 +54,11 @@ class Prompt:
         pooled = {text: states.to(device, dtype) for text, states in self.pooled.items()}
         zeros = (tokens["uncond"] == 0).flatten(1).all(1)
         layout = Tokens(self.chunk or longest, self.words, zeros if zeros.any() else None)
-        return PlacedPrompt(config, tokens, pooled, weight if filled else {}, layout)
+        return Conditioner(config, tokens, pooled, weight if filled else {}, layout)
 
 
 @dataclass(frozen=True)
-class PlacedPrompt:
+class Conditioner:
     """The texts of a run on the network's device, from which every step's conditioning is put together."""
 
     config: Config
@@ -116,10 +116,10 @@ def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
     if uncond is None:
         pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)
         uncond = Encoded(torch.zeros_like(cond.states), pooled, cond.lengths, ())
-    halves = {"uncond": uncond, "cond": cond}
-    pooled = {text: found.pooled for text, found in halves.items() if found.pooled is not None}
-    lengths = {text: found.lengths for text, found in halves.items()}
-    return Prompt({text: found.states for text, found in halves.items()}, pooled, cond.words, chunk, lengths)
+    texts = {"uncond": uncond, "cond": cond}
+    pooled = {text: encoded.pooled for text, encoded in texts.items() if encoded.pooled is not None}
+    lengths = {text: encoded.lengths for text, encoded in texts.items()}
+    return Prompt({text: encoded.states for text, encoded in texts.items()}, pooled, cond.words, chunk, lengths)
 
 
 def paired_texts(text: Texts, negative: Texts | None, config: Config) -> tuple[list[str], list[str] | None]:
@@ -155,10 +155,10 @@ class Tower(nn.Module):
 
         The pooled text is the last layer's normed state at the first end token, projected.
         """
-        found = self.transformer(ids, output_hidden_states=True)
-        states = found.hidden_states[-(layer_from_end or self.config.layer_from_end)]
+        outputs = self.transformer(ids, output_hidden_states=True)
+        states = outputs.hidden_states[-(layer_from_end or self.config.layer_from_end)]
         states = self.transformer.final_layer_norm(states) if self.config.norm else states
-        return states, self.text_projection(found.pooler_output) if self.config.pooled else None
+        return states, self.text_projection(outputs.pooler_output) if self.config.pooled else None
 
     def on(self, device: torch.device) -> "Tower":
         """This tower if it is on the device, else a copy there; its parameters are moved without a copy on the way."""
@@ -232,9 +232,9 @@ class Text(nn.Module):
             config = tower.config
             pad = config.vocabulary - 1 if config.pad is None else config.pad
             padded = torch.tensor([[*own, *[pad] * (config.length - len(own))] for own in ids], device=device)
-            found, whole = tower.on(device)(padded, layer_from_end)
-            states.append(found)
-            pooled = whole if whole is not None else pooled
+            of_tower, pooled_of_tower = tower.on(device)(padded, layer_from_end)
+            states.append(of_tower)
+            pooled = pooled if pooled_of_tower is None else pooled_of_tower
         return states, pooled
 
     def encode_texts(self, texts: Sequence[str], device: torch.device, layer_from_end: int | None = None) -> Encoded:

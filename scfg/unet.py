@@ -303,7 +303,7 @@ class UNet(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, (width, depth) in reversed(list(enumerate(zip(widths, config.transformer_depth)))):
-            for i in range(config.res_blocks + 1):
+            for _ in range(config.res_blocks + 1):
                 self.output_blocks.append(stage(channels + skips.pop(), width, depth))
                 channels = width
             if level:

@@ -11,9 +11,9 @@ from typing import NoReturn, get_args
 import torch
 
 from ..config import FAMILIES
-from ..flatland import FLATLAND, WORDS
 from ..data import from_dict
 from ..errors import BadInput
+from ..flatland import FLATLAND, WORDS
 from ..guidance import RULES, Guidance
 from ..methods import APG, FDG, TCFG, OptimizedScale
 from ..schedule import Spacing
@@ -76,7 +76,7 @@ def add_guidance(parser: Parser) -> None:
         type=guidance,
         default="scfg",
         metavar=f"{'|'.join(RULES)}|JSON",
-        help="one scale a region, by the authors' program, their paper, their mean or the conditional half's "
+        help="one scale a region, by the authors' program, their paper, their mean or the conditional row's "
         "foreground; or plain; or a whole guidance as JSON, or a .json file of it (default: %(default)s)",
     )
     add("--scale", type=number(float, 0, 1000), help="guidance scale (default: the family's own, see below)")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from .. import cpu
-from ..diffusion import Diffusion, load as load_model
+from ..diffusion import Diffusion
+from ..diffusion import load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
 from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule

@@ -1,6 +1,7 @@
 """What regions are good for, judged: one word's scale doubled, and another colour asked for where a thing stands."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count as from_
 from itertools import islice
 from typing import Any, NamedTuple
@@ -67,21 +68,26 @@ def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made]
     return found[:count], Share(len(found), tried, tried)
 
 
-def of_each(areas: Sequence[Area]) -> Area:
+@dataclass(frozen=True, repr=False)
+class OfEach(Area):
     """One area for each picture of a batch."""
 
-    def of(regions: Regions) -> Tensor:
-        own = [Regions(*(values[i : i + 1] for values in regions)) for i in range(len(areas))]
-        return torch.cat([area.of(one) for area, one in zip(areas, own)])
+    areas: tuple[Area, ...]
+    needs_regions = True
 
-    return Area(of, "a word of each picture", needs_regions=True)
+    def of(self, regions: Regions) -> Tensor:
+        rows = [Regions(*(values[i : i + 1] for values in regions)) for i in range(len(self.areas))]
+        return torch.cat([area.of(row) for area, row in zip(self.areas, rows)])
+
+    def __str__(self) -> str:
+        return "a word of each picture"
 
 
 def doubled(model: Diffusion, judge: Judge, before: Sequence[Made]) -> list[Made]:
     """The same pictures with the first thing's scale doubled, wherever its words are."""
     after = []
     for some in in_batches(before, "one word's scale doubled"):
-        area = of_each([words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some])
+        area = OfEach(tuple(words(f"{one.scene.things[0].colour} {one.scene.things[0].name}") for one in some))
         after += paint(model, judge, [one.scene for one in some], ByRegion(scfg(model), (Region(area, times=2.0),)))
     return after
 

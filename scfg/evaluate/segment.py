@@ -79,7 +79,7 @@ def scene_ious(scene: Scene, words: Sequence[Word], regions: dict[str, Regions],
 @torch.no_grad()
 def ious(model: Diffusion, scenes: Sequence[Scene], t: int) -> dict[str, np.ndarray]:
     """Every figure for every scene, at one timestep of noise."""
-    rules, sigma, found = RECIPES | {"conditional half": CONDITIONAL}, float(model.config.schedule.sigmas[t]), []
+    rules, sigma, found = RECIPES | {"conditional row": CONDITIONAL}, float(model.config.schedule.sigmas[t]), []
     for first in tqdm(range(0, len(scenes), BATCH), desc=f"timestep {t}", leave=False):
         some = scenes[first : first + BATCH]
         drawn, truths = zip(*(render(scene, model.config.size) for scene in some))

@@ -1,4 +1,4 @@
-"""Guidance that others published, as values for the slots of a Guidance; rules beside CFG and S-CFG; CFG++'s sampler."""
+"""Guidance that others published: values for the slots of a Guidance, rules beside CFG and S-CFG, CFG++'s sampler."""
 
 from .direction import APG, FDG, TCFG, OptimizedScale
 from .perturb import PAG, SEG

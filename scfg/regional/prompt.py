@@ -12,7 +12,7 @@ from ..errors import BadInput
 from ..guidance import Row
 from ..schedule import Moment
 from ..segment import Tokens
-from ..text import PlacedPrompt, Prompt
+from ..text import Conditioner, Prompt
 from ..unet import LEAST, Conditioning
 from .area import Area, area_of, fitted, nowhere, too_small
 
@@ -62,18 +62,18 @@ class RegionalPrompt:
     def needs_regions(self) -> bool:
         return any(part.area.needs_regions for part in self.parts)
 
-    def place(self, config: Config, device: torch.device, dtype: torch.dtype) -> "PlacedRegionalPrompt":
-        placed = tuple(part.prompt.place(config, device, dtype) for part in self.parts)
-        return PlacedRegionalPrompt(self.whole.place(config, device, dtype), self.parts, placed)
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "RegionalConditioner":
+        prompts = tuple(part.prompt.conditioner(config, device, dtype) for part in self.parts)
+        return RegionalConditioner(self.whole.conditioner(config, device, dtype), self.parts, prompts)
 
 
 @dataclass(frozen=True)
-class PlacedRegionalPrompt:
+class RegionalConditioner:
     """A regional prompt on the network's device."""
 
-    whole: PlacedPrompt
+    whole: Conditioner
     parts: tuple[Part, ...]
-    prompts: tuple[PlacedPrompt, ...]  # of the parts
+    prompts: tuple[Conditioner, ...]  # of the parts
 
     @property
     def layout(self) -> Tokens:

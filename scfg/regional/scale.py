@@ -40,7 +40,7 @@ class Region:
 class ByRegion:
     """Another rule, whose scale is replaced or multiplied in regions, one after the other.
 
-    An area smaller than 1/256 of the picture leaves the scale as it is, and is told.
+    An area smaller than 1/256 of the picture leaves the scale as it is; a flag says so.
     """
 
     base: Rule

@@ -523,7 +523,7 @@ def test_a_network_of_another_precision_is_given_and_gives_its_own(tiny, prompt)
         )
         return found.bfloat16(), captured
 
-    placed = prompt.place(tiny.config, tiny.device, torch.bfloat16)
+    placed = prompt.conditioner(tiny.config, tiny.device, torch.bfloat16)
     denoise = replace(tiny.denoiser(prompt, SCFG(3.0)), network=network, dtype=torch.bfloat16, prompt=placed)
     x = noisy(2, 4, 8, 8)
     found = denoise(x, SIGMA)

@@ -23,7 +23,7 @@ from scfg.text import Text
 from scfg.unet import UNet
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
-ZEROS = "the unconditional context is all zeros: the foreground is the conditional half's"
+ZEROS = "the unconditional context is all zeros: the foreground is the conditional row's"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_text_to_latent(load, name):
 def test_the_vector_is_pooled_text_and_sinusoids_of_sizes_or_score(load, name):
     model = load(name)
     prompt = model.prompt("cat")
-    placed = prompt.place(model.config, model.device, model.dtype)
+    placed = prompt.conditioner(model.config, model.device, model.dtype)
     vector = placed.vector(("uncond", "cond"), (1, 4, 104, 152))  # 832 x 1216 pixels
     assert torch.equal(vector[:, :48], torch.cat([prompt.pooled["uncond"], prompt.pooled["cond"]]))
     for row, score in zip(vector[:, 48:], (2.5, 6.0), strict=True):

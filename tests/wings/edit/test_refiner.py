@@ -17,7 +17,7 @@ from scfg.config import SD1, SD2_V, SDXL, SDXL_REFINER, VAEConfig
 from scfg.edit import check_refiner, hand_over, handover_time
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
-ZEROS = "the unconditional context is all zeros: the foreground is the conditional half's"
+ZEROS = "the unconditional context is all zeros: the foreground is the conditional row's"
 
 
 @pytest.fixture(scope="module")

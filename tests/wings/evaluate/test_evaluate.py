@@ -130,7 +130,7 @@ def test_perfect_regions_score_the_ceiling(flat):
     for mask, phrase in zip(grid, segmentation.phrases(scene, words)):
         tokens[phrase.noun.start] = mask.float()
     regions = Regions(tokens, grid.any(0, keepdim=True).float(), tokens)
-    by_rule = dict.fromkeys(("official", "paper", "conditional half"), regions)
+    by_rule = dict.fromkeys(("official", "paper", "conditional row"), regions)
     figures = segmentation.scene_ious(scene, words, by_rule, truths)
     ceiling = figures[segmentation.CEILING]
     assert 0.6 < ceiling < 1

@@ -30,7 +30,7 @@ def x0(model, prompt, guidance=CFG(3.0), previous=None, sigma: float = 5.0) -> t
 
 def conditioned(model, prompt, rows=ROWS, sigma: float = 5.0, previous=None, pictures: int = 1) -> Conditioning:
     """What a step's rows are conditioned on."""
-    placed = prompt.place(model.config, model.device, model.dtype)
+    placed = prompt.conditioner(model.config, model.device, model.dtype)
     return placed.condition(rows, model.config.schedule.moment(sigma), previous, (pictures, 4, 16, 16))
 
 
@@ -330,7 +330,7 @@ def test_of_xl_the_vector_is_the_whole_prompts():
 
     regional, moment = RegionalPrompt(prompt(0), (Part(scfg.mask(LEFT), prompt(1)),)), config.schedule.moment(5.0)
     found, plain = (
-        p.place(config, torch.device("cpu"), torch.float32).condition(ROWS, moment, None, (1, 4, 16, 16))
+        p.conditioner(config, torch.device("cpu"), torch.float32).condition(ROWS, moment, None, (1, 4, 16, 16))
         for p in (regional, regional.whole)
     )
     assert torch.equal(found.vector, plain.vector) and found.vector.shape == (2, 48 + 6 * 256)
