@@ -15,7 +15,7 @@ from .errors import BadInput
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**30  # bytes: larger than any tensor of a step
 BAND = 2**25  # bytes of tiles that a convolution has at once
-SAME_3X3 = (3, 3), (1, 1), (1, 1)  # kernel, stride and padding
+POINTWISE, SAME_3X3 = ((1, 1), (1, 1), (0, 0)), ((3, 3), (1, 1), (1, 1))  # kernel, stride and padding
 Compute = Callable[[Tensor], Tensor]
 FEWEST = 32  # channels of a layer that is packed; the narrow ones take no time, and a model is asked for their weights
 
@@ -39,19 +39,27 @@ class Packed(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
         self.of = repr(layer)
-        if isinstance(layer, nn.Linear):
-            self.compute = packed_linear(layer.weight, layer.bias)
-        else:
-            fast = layer.weight.dtype == torch.float32 and SAME_3X3 == (layer.kernel_size, layer.stride, layer.padding)
-            self.compute = winograd(layer) if fast else packed_convolution(layer)
+        with torch.no_grad():
+            self.compute = packed(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             raise BadInput("packed weights have no gradients: do without scfg.cpu.pack where gradients are needed")
-        return self.compute(x)
+        with torch.no_grad():
+            return self.compute(x)
 
     def extra_repr(self) -> str:
         return self.of
+
+
+def packed(layer: nn.Linear | nn.Conv2d) -> Compute:
+    """The fastest way to compute a layer."""
+    if isinstance(layer, nn.Linear):
+        return packed_linear(layer.weight, layer.bias)
+    shape = layer.kernel_size, layer.stride, layer.padding
+    if shape == POINTWISE:
+        return pointwise(layer)
+    return winograd(layer) if shape == SAME_3X3 and layer.weight.dtype == torch.float32 else packed_convolution(layer)
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Compute:
@@ -69,6 +77,12 @@ def packed_convolution(layer: nn.Conv2d) -> Compute:
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *how, "none", [], "")
 
     return compute
+
+
+def pointwise(layer: nn.Conv2d) -> Compute:
+    """A 1x1 convolution is a product over channels."""
+    product = packed_linear(layer.weight[:, :, 0, 0].contiguous(), layer.bias)
+    return lambda x: rearrange(product(rearrange(x, "b c h w -> b h w c")), "b h w c -> b c h w")
 
 
 def winograd(layer: nn.Conv2d) -> Compute:
@@ -116,6 +130,7 @@ def out_of_tiles(m: list[Tensor]) -> list[Tensor]:
     return [m[0] + m[1] + m[2], middle - m[3]]
 
 
+@torch.no_grad()
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has what packing needs, and agrees with plain layers."""
     try:
@@ -130,7 +145,6 @@ def can_pack(dtype: torch.dtype) -> bool:
     return max(apart) < 100 * torch.finfo(dtype).eps
 
 
-@torch.no_grad()
 def pack_layers(network: nn.Module) -> None:
     """Replace a network's linear layers and convolutions by packed ones, in place."""
     for parent in list(network.modules()):
