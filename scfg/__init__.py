@@ -20,9 +20,11 @@ __all__ += ["from_dict", "to_dict"]
 
 # wings
 from . import edit as edit  # noqa: E402
+from . import methods as methods  # noqa: E402
 from . import prompting as prompting  # noqa: E402
+from . import regional as regional  # noqa: E402
 from .methods import *  # noqa: E402, F403
 from .regional import *  # noqa: E402, F403
 
-__all__ += methods.__all__  # noqa: F405
-__all__ += regional.__all__  # noqa: F405
+__all__ += methods.__all__
+__all__ += regional.__all__

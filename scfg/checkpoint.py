@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,7 @@ OPEN_CLIP = {  # its names, as patterns -> transformers', for a tower's paramete
     r"\.mlp\.c_fc\.": ".mlp.fc1.",
     r"\.mlp\.c_proj\.": ".mlp.fc2.",
 }
+Network = TypeVar("Network", bound=nn.Module)
 Tensors = dict[str, Tensor]
 Metadata = dict[str, str]
 
@@ -142,13 +143,13 @@ def tower_sizes(tower: TextConfig, tensors: Tensors) -> TextConfig:
         pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
     except KeyError as error:
         raise BadInput(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
-    sizes = {"width": width, "heads": max(1, width // 64), "length": length, "vocabulary": vocabulary, "pooled": pooled}
-    if width != tower.width:
-        sizes["layers"] = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
-    return replace(tower, **sizes)
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
+    layers = tower.layers if width == tower.width else layers
+    tower = replace(tower, width=width, heads=max(1, width // 64), length=length, vocabulary=vocabulary)
+    return replace(tower, pooled=pooled, layers=layers)
 
 
-def build(make: Callable[[], nn.Module], tensors: Tensors, dtype: torch.dtype) -> tuple[nn.Module, list[str]]:
+def build(make: Callable[[], Network], tensors: Tensors, dtype: torch.dtype) -> tuple[Network, list[str]]:
     """Build a network without memory of its own and give it the tensors; complaints name what does not fit."""
     with torch.device("meta"):
         module = make()
@@ -204,12 +205,11 @@ def assemble(
     unet, complaints = build(lambda: UNet(config.unet), with_prefix(tensors, UNET), dtype)
     vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
     vae, of_vae = build(lambda: VAE(config.vae), with_prefix(tensors, FIRST_STAGE), vae_dtype)
-    text, of_text = None, []
+    text, of_text, towers = None, list[str](), Tensors()
     if config.text:
-        towers = {}
         if given is None and "scfg.vocab" in metadata:
             merges = list(map(tuple, json.loads(metadata["scfg.merges"])))
-            given = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)
+            given = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]
         for i, tower in enumerate(config.text):
             own = tower_tensors(with_prefix(tensors, tower.prefix))
             towers |= {f"towers.{i}.{name}": tensor for name, tensor in own.items()}

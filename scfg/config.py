@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .schedule import Schedule
+from .schedule import Schedule, Spacing
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Config:
     aesthetic_scores: tuple[float, float] | None = None  # the vector's (uncond, cond), in place of the target size
     size: tuple[int, int] = (512, 512)  # native width and height in pixels
     scale: float = 7.5  # native guidance scale
-    spacing: str | None = None  # native noise levels; None: as usual for the sampler
+    spacing: Spacing | None = None  # native noise levels; None: as usual for the sampler
     min_contrast: tuple[float, float] = (0.0, 0.0)  # below it named rules are plain CFG, see guidance.named_rule
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Config:
     def from_dict(cls, fields: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
 
-        def rebuild(kind, values):
+        def rebuild(kind: Any, values: dict[str, Any]) -> Any:
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
         kinds = {"unet": UNetConfig, "vae": VAEConfig, "schedule": Schedule}
@@ -103,26 +103,11 @@ SDXL_TEXT = (
     replace(CLIP_L, prefix="conditioner.embedders.0.transformer.", layer_from_end=2, norm=False),
     replace(VIT_BIGG, prefix="conditioner.embedders.1.model."),
 )
-SDXL = Config(
-    "SDXL",
-    replace(SDXL_UNET, vector_dim=2816),
-    VAEConfig(overflows=True),
-    SDXL_TEXT,
-    latent_scale=0.13025,
-    zero_negative=True,
-    size=(1024, 1024),
-    scale=5.0,
-    spacing="trailing",
-)
+SDXL = Config("SDXL", replace(SDXL_UNET, vector_dim=2816), VAEConfig(overflows=True), SDXL_TEXT, zero_negative=True)
+SDXL = replace(SDXL, latent_scale=0.13025, size=(1024, 1024), scale=5.0, spacing="trailing")
 
 REFINER_UNET = replace(SD2_UNET, context_dim=1280, model_channels=384, transformer_depth=(0, 4, 4, 0), middle_depth=4)
-SDXL_REFINER = replace(
-    SDXL,
-    name="SDXL refiner",
-    unet=replace(REFINER_UNET, vector_dim=2560),
-    text=(VIT_BIGG,),
-    zero_negative=False,
-    aesthetic_scores=(2.5, 6.0),
-)
+SDXL_REFINER = replace(SDXL, name="SDXL refiner", unet=replace(REFINER_UNET, vector_dim=2560), text=(VIT_BIGG,))
+SDXL_REFINER = replace(SDXL_REFINER, zero_negative=False, aesthetic_scores=(2.5, 6.0))
 
 FAMILIES = (SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER)

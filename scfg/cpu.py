@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -69,7 +70,7 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Compute:
 
 def packed_convolution(layer: nn.Conv2d) -> Compute:
     """Its output lies in memory pixel by pixel (channels last), which attention and the next convolution want."""
-    how = layer.padding, layer.stride, layer.dilation, layer.groups
+    how: Any = layer.padding, layer.stride, layer.dilation, layer.groups
     weight, bias = torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *how), layer.bias
 
     def compute(x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has what packing needs, and agrees with plain layers."""
     try:
         with torch.random.fork_rng(devices=[]):
-            tried = {
+            tried: dict[nn.Linear | nn.Conv2d, Tensor] = {
                 nn.Linear(64, 96, dtype=dtype): torch.randn(2, 5, 64, dtype=dtype),
                 nn.Conv2d(64, 96, 3, padding=1, dtype=dtype): torch.randn(2, 64, 7, 5, dtype=dtype),
             }
@@ -149,7 +150,7 @@ def pack_layers(network: nn.Module) -> None:
     """Replace a network's linear layers and convolutions by packed ones, in place."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) in (nn.Linear, nn.Conv2d) and len(layer.weight) >= FEWEST:
+            if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) >= FEWEST:
                 setattr(parent, name, Packed(layer))
 
 

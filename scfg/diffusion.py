@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ WHOLE = 128 * 128  # latent pixels that are decoded at once
 
 
 class Step(NamedTuple):
-    index: int  # 0 .. count - 1
-    count: int
+    index: int  # type: ignore[assignment]  # 0 .. count - 1; a tuple has methods of these names
+    count: int  # type: ignore[assignment]
     sigma: float  # the noise level it started from
     next_sigma: float
     x: Tensor  # (b c h w) after the step: x0 + next_sigma * noise; what is sent back takes its place
@@ -79,11 +79,11 @@ class Diffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.out[2].weight.device
+        return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.out[2].weight.dtype
+        return next(self.unet.parameters()).dtype
 
     @torch.no_grad()
     def prompt(self, text: Texts, negative: Texts | None = None, layer_from_end: int | None = None) -> Prompt:
@@ -108,20 +108,20 @@ class Diffusion:
 
     def denoiser(
         self,
-        prompt: Prompt | Texts,
+        prompt: Any,
         guidance: Guidance | Rule | None = None,
         segment: Recipe | None = None,
         capture: Capture | None = None,
     ) -> Denoiser:
         """The method itself, (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
-        prompt: encoded, or texts as they are; that of one picture serves any batch. guidance: by default S-CFG at the
-        family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
-        to return in Denoised.maps.
+        prompt: a Prompt, what stands for one (RegionalPrompt), or texts as they are; that of one picture serves any
+        batch. guidance: by default S-CFG at the family's scale. segment: read regions by this recipe at every step, in
+        place of the rule's own. capture: maps to return in Denoised.maps.
         """
         prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
-        guidance = named_rule("scfg", self.config.scale, self.config) if guidance is None else guidance
-        guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(scale=guidance or named_rule("scfg", self.config.scale, self.config))
         names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
         for layer in layers:
             if not any(f"{name}.".startswith(f"{layer}.") for name in names):
@@ -159,7 +159,7 @@ class Diffusion:
 
     def sample(
         self,
-        prompt: Prompt | Texts,
+        prompt: Any,
         guidance: Guidance | Rule | None = None,
         *,
         sampler: str | Sampler = "dpmpp_2m",
@@ -182,7 +182,7 @@ class Diffusion:
             given = "prompts" if latent is None else "latents"
             raise BadInput(f"{batch} {given} for {len(seeds)} pictures: give one for each")
         if latent is not None:
-            size = tuple(side * self.config.vae.factor for side in (latent.shape[-1], latent.shape[-2]))
+            size = latent.shape[-1] * self.config.vae.factor, latent.shape[-2] * self.config.vae.factor
         elif self.config.aesthetic_scores:
             what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
             warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
@@ -213,7 +213,7 @@ class Diffusion:
         """
         dtype = self.vae.quant_conv.weight.dtype
         latent, pixels = (latent / self.config.latent_scale).to(self.device, dtype), math.prod(latent.shape[-2:])
-        several = latent.split(max(1, WHOLE // pixels))
+        several = torch.split(latent, max(1, WHOLE // pixels))
         decode = self.vae.decode
         if pixels > WHOLE:
             from .large import decode_in_bands
@@ -248,7 +248,7 @@ def seems_to_predict(unet: UNet) -> Prediction:
     of the input.
     """
     fixed, channels = torch.Generator().manual_seed(0), unet.config.in_channels
-    x = torch.randn(1, channels, 32, 32, generator=fixed).to(unet.out[2].weight)
+    x = torch.randn(1, channels, 32, 32, generator=fixed).to(next(unet.parameters()))
     out, _ = unet(x, x.new_full((1,), 999), Conditioning(x.new_zeros(1, 77, unet.config.context_dim)))
     return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
 
@@ -276,8 +276,8 @@ def load(
     if prediction not in (None, "eps", "v"):
         raise BadInput(f"prediction is eps or v, not {prediction!r}")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    files = Path(path or embedded_checkpoint()), tokenizer and Path(tokenizer), vae and Path(vae)
-    config, unet, first_stage, text = load_parts(*files, dtype)
+    others = Path(tokenizer) if tokenizer else None, Path(vae) if vae else None
+    config, unet, first_stage, text = load_parts(Path(path or embedded_checkpoint()), *others, dtype)
     unet, first_stage = unet.to(device), first_stage.to(device)
     text = text if offload or text is None else text.to(device)
     if config.vae.overflows and dtype == torch.float16:

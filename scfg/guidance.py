@@ -1,9 +1,9 @@
 """Guidance as a value: how the rows of one step become one prediction. CFG and S-CFG are rules that fill its scale."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ class Outputs(NamedTuple):
     cond: Tensor  # (b c h w) the conditional row's output
     uncond: Tensor | None  # (b c h w); None where this step is not guided
     perturbed: Tensor | None  # (b c h w) the output under the perturb slot's attention, where there is one
-    difference: Tensor | None  # (b c h w) cond - uncond; for rules, what the direction slot makes of it
+    # (b c h w) cond - uncond; for rules, what the direction slot makes of it. None where this step is not guided, which
+    # no rule is asked about
+    difference: Tensor
     x0: Tensor  # (b c h w) the clean latent that cond stands for
     dx0_dout: float  # d x0 / d output, a number
 
@@ -43,12 +45,12 @@ class Guided(NamedTuple):
     out: Tensor  # (b c h w) the guided prediction
     scale: Tensor  # (b 1 h w) the scale that acted at every pixel
     state: Any  # for the next evaluation's direction
-    flags: Mapping[str, Tensor]  # messages for the user -> (b|1) the pictures that they are true of
+    flags: dict[str, Tensor]  # messages for the user -> (b|1) the pictures that they are true of
 
 
 # A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Two attributes are optional: `recipe`, by which
 # its regions are read (without it they are None), and `flags(regions, moment) -> {message: (b|1) bool}`.
-Rule = Callable[[Outputs, Regions | None, Moment], Tensor | float]
+Rule = Callable[[Outputs, Any, Moment], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class SCFG:
 
     def flags(self, regions: Regions, moment: Moment) -> dict[str, Tensor]:
         """By reason, the pictures (b) that fell back to something else."""
-        flags, clear = {}, True
+        flags: dict[str, Tensor] = {}
+        clear: Tensor | bool = True
         if self.min_contrast:
             clear = regions.contrast().flatten() >= self.min_contrast
             flags["attention shows no regions: plain CFG there"] = ~clear
@@ -127,7 +130,8 @@ def masked_mean(values: Tensor, masks: Tensor) -> Tensor:
     return (values * masks).sum((-2, -1), keepdim=True) / (masks.sum((-2, -1), keepdim=True) + 1e-8)
 
 
-RULES = {"scfg": SCFG, "scfg-paper": SCFG.paper, "scfg-mean": SCFG.mean, "scfg-cond": SCFG.conditional, "cfg": CFG}
+RULES: dict[str, Callable[[float], CFG | SCFG]] = {"scfg": SCFG, "scfg-paper": SCFG.paper}
+RULES |= {"scfg-mean": SCFG.mean, "scfg-cond": SCFG.conditional, "cfg": CFG}
 
 
 def named_rule(name: str, scale: float, config: Config) -> CFG | SCFG:
@@ -139,25 +143,17 @@ def named_rule(name: str, scale: float, config: Config) -> CFG | SCFG:
     return rule
 
 
-class Perturb(Protocol):
-    """An extra row: the conditional text under another attention function; guidance pushes away from it."""
-
-    scale: float
-    layers: tuple[str, ...]  # where it acts: names of transformer blocks or of what they are in, "middle_block"
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Any) -> Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Named slots that act on the network's outputs.
 
     With d the difference, guided = cond + strength * ((scale - 1) * d + perturb.scale * (cond - perturbed)), rescaled.
     direction(outputs, moment, state) -> (d, state) takes the place of cond - uncond; scale is a rule, which is given d;
+    perturb adds a row, the conditional text under another attention function, and guides away from it;
     rescale(guided, cond) comes last; when(moment) is the strength: where it is 0 only the conditional row is evaluated.
     """
 
-    perturb: Perturb | None = None
+    perturb: Any = None  # such as PAG: scale; layers, where it acts; attend, an attention function
     direction: Callable[[Outputs, Moment, Any], tuple[Tensor, Any]] | None = None
     scale: Rule
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -198,7 +194,7 @@ class Guidance:
             outputs = outputs._replace(difference=difference)
         scale = torch.lerp(one, one * checked(self.scale(outputs, regions, moment), one), strength)
         guided = cond + (scale - 1) * outputs.difference
-        if self.perturb:
+        if self.perturb and outputs.perturbed is not None:
             guided = guided + strength * self.perturb.scale * (cond - outputs.perturbed)
         if self.rescale:
             guided = self.rescale(guided, cond)
@@ -216,8 +212,11 @@ class Guidance:
 
 def checked(scale: Tensor | float, one: Tensor) -> Tensor | float:
     """Return a rule's scale; raise BadInput unless it is a number or a map that fits `one` (b 1 h w)."""
-    is_map = isinstance(scale, Tensor) and scale.ndim in (0, 4)
-    if isinstance(scale, Real) or (is_map and all(n in (1, m) for n, m in zip(scale.shape, one.shape))):
+    if isinstance(scale, Tensor) and scale.ndim in (0, 4):
+        fits = all(n in (1, m) for n, m in zip(scale.shape, one.shape))
+    else:
+        fits = isinstance(scale, Real)
+    if fits:
         return scale
     what = tuple(scale.shape) if isinstance(scale, Tensor) else repr(scale)
     raise BadInput(f"a rule gives a number or a scale map of {tuple(one.shape)}, not {what}")

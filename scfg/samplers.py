@@ -59,7 +59,8 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> 
 
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float = 1.0) -> Steps:
     """SDE-DPM-Solver++(2M) (2211.01095, section 5; midpoint); first order in the first and the last step."""
-    result, before = None, None  # before: the sigma of the previous step
+    result: Any = None
+    before = sigmas[0]  # the sigma of the previous step
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         previous, result = result, denoise(x, sigma, result)
         x0 = result.x0
@@ -81,14 +82,15 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise)
 def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Steps:
     """UniPC of order 2 (2302.04867, B2): DPM-Solver++(2M) whose every step is corrected by the evaluation at its end,
     unless the caller changed what it came to."""
-    result, before, sent, start = None, None, None, x  # before: the sigma of the previous step
-    q, bend, a, c = 1.0, 0, 0, 1 / 2
+    result: Any = None
+    before, sent, start = sigmas[0], None, x  # before: the sigma of the previous step
+    q, bend, a, c = 1.0, 0.0, 0.0, 1 / 2
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         previous, result = result, denoise(x, sigma, result)
         x0 = result.x0
         if previous is not None and sent is None:  # the last step once more, now that its end is known
             x = q * start + (1 - q) * (previous.x0 + a * bend + c * (x0 - previous.x0))
-        start, q, bend, a, c = x, target / sigma, 0, 0, 1 / 2
+        start, q, bend, a, c = x, target / sigma, 0.0, 0.0, 1 / 2
         if previous is not None and i < len(sigmas) - 2:
             h, r = -math.log(q), math.log(before / sigma) / math.log(q)  # in log(1 / sigma); r = -h_last / h
             b1, b2 = 1 / (1 - q) - 1 / h, (1 - 2 * (1 - (1 - q) / h) / h) / (1 - q)

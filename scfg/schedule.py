@@ -76,9 +76,9 @@ class Schedule:
             return [*(ramp**7).tolist(), 0.0]
         if spacing == "leading":  # the offset of one has no room where every timestep is a step
             drop = int(drop_lowest and steps < self.timesteps)
-            t = np.arange(drop, steps + drop) * (self.timesteps // (steps + drop))
-            t = (t + (steps + drop < self.timesteps))[::-1]
-            return [*self.sigmas[t].tolist(), 0.0 if to_zero or steps == self.timesteps else float(self.sigmas[0])]
+            index = np.arange(drop, steps + drop) * (self.timesteps // (steps + drop))
+            index = (index + (steps + drop < self.timesteps))[::-1]
+            return [*self.sigmas[index].tolist(), 0.0 if to_zero or steps == self.timesteps else float(self.sigmas[0])]
         if spacing == "linspace":
             drop = int(drop_lowest and steps < self.timesteps)
             t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]

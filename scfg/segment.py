@@ -76,7 +76,7 @@ class Recipe:
         by_self, step = maps.self, maps.cross
         if by_self.ndim == 4:  # every head's
             by_self, step = by_self.mean(1), step.mean(1)
-        total = 0
+        total = torch.zeros_like(step)
         for weight in self.powers:
             step = by_self @ step
             total = total + weight * step
@@ -90,10 +90,12 @@ class Recipe:
         identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
         size = max([layer.shape[-2:] for layer in cond], key=math.prod)
-        both = uncond is not None and self.foreground == "uncond"
-        scores, attention = 0, 0
-        for i, layer in enumerate(cond):
-            rows = torch.cat([layer, uncond[i]]) if both else layer
+        sources = uncond if uncond is not None and self.foreground == "uncond" else cond
+        both = sources is not cond
+        scores = cond[0].new_zeros(*cond[0].shape[:2], *size)
+        attention = scores.new_zeros(len(scores), 2, *size)  # of the start token and of all others
+        for layer, source in zip(cond, sources):
+            rows = torch.cat([layer, source]) if both else layer
             rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
             rows = blur(rows) if self.smooth else rows
             layer, source = rows.chunk(2) if both else (rows, rows)  # source: of the foreground
@@ -106,7 +108,7 @@ class Recipe:
                     source = torch.where(tokens.zero_uncond[:, None, None, None], layer, source)
                 by_place = rearrange(source, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
                 sums = torch.stack([by_place[:, 0].sum(1), by_place[:, 1:].sum((1, 2))], 1)
-                attention = attention + relative(sums)  # of the start token and of all others
+                attention = attention + relative(sums)
         counts = scores.new_ones(scores.shape[1], 1, 1)
         counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
         scores = scores * counts

@@ -114,8 +114,8 @@ class Encoded(NamedTuple):
 def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
     """The prompt of encoded texts and their negatives; without these, zeros take their place (SDXL)."""
     if uncond is None:
-        pooled = None if cond.pooled is None else torch.zeros_like(cond.pooled)
-        uncond = Encoded(torch.zeros_like(cond.states), pooled, cond.lengths, ())
+        zeros = None if cond.pooled is None else torch.zeros_like(cond.pooled)
+        uncond = Encoded(torch.zeros_like(cond.states), zeros, cond.lengths, ())
     texts = {"uncond": uncond, "cond": cond}
     pooled = {text: encoded.pooled for text, encoded in texts.items() if encoded.pooled is not None}
     lengths = {text: encoded.lengths for text, encoded in texts.items()}
@@ -174,7 +174,7 @@ class Text(nn.Module):
 
     def __init__(self, towers: Sequence[TextConfig], tokenizer: CLIPTokenizer | None = None, known: Sequence[str] = ()):
         super().__init__()
-        self.towers = nn.ModuleList(map(Tower, towers))
+        self.towers: Sequence[Tower] = nn.ModuleList(map(Tower, towers))  # type: ignore[assignment]
         self.tokenizer = tokenizer  # None: CLIP's own, looked for when first needed
         self.known_words = frozenset(known)  # words that the model was trained on; empty: no check
         self.length = towers[0].length  # tokens that a tower reads at once, start and end included
@@ -182,10 +182,11 @@ class Text(nn.Module):
     def restore_buffers(self) -> None:
         """Make the buffers that no checkpoint holds, after building on meta."""
         for tower in self.towers:
-            tower.transformer.embeddings.position_ids = torch.arange(tower.config.length)[None]
+            embeddings: Any = tower.transformer.embeddings
+            embeddings.position_ids = torch.arange(tower.config.length)[None]
 
-    def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
-        """Every word of a text and its token numbers."""
+    def checked_tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer, by default CLIP's own; raises BadInput if it is not that of the towers."""
         if self.tokenizer is None:  # neither the file nor the caller brought one
             from .formats import default_tokenizer
 
@@ -193,23 +194,28 @@ class Text(nn.Module):
         if len(self.tokenizer) != self.towers[0].config.vocabulary:
             what = f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {self.towers[0].config.vocabulary}"
             raise BadInput(f"{what}: give the tokenizer of this model with --tokenizer")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return self.tokenizer
+
+    def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        """Every word of a text and its token numbers."""
+        tokenizer = self.checked_tokenizer()
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets, first = encoded["input_ids"], encoded["offset_mapping"], 0
-        for i, token in enumerate(self.tokenizer.convert_ids_to_tokens(ids), 1):
+        for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids), 1):
             if token.endswith("</w>") or i == len(ids):
                 yield text[offsets[first][0] : offsets[i - 1][1]], ids[first:i]
                 first = i
 
     def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
         """A text's token numbers from start to end, and its words; raises BadInput if it is longer than one chunk."""
-        ids, words = [], []
+        tokenizer, ids, words = self.checked_tokenizer(), list[int](), list[Word]()
         for word, own in self.split(text):
             words.append(Word(word, 1 + len(ids), 1 + len(ids) + len(own)))  # token 0 is the start token
             ids += own
         if len(ids) > self.length - 2:
             what = f"{len(ids)} tokens are more than the {self.length - 2} that are read at once"
             raise BadInput(f"{what}: scfg.prompting.encode reads longer prompts")
-        return [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id], tuple(words)
+        return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], tuple(words)
 
     def warn_of_unknown(self, words: Sequence[Word]) -> None:
         unknown = sorted({word.text for word in words if word.text.lower() not in self.known_words})

@@ -103,7 +103,8 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool 
 
     The mean over heads (b n m), taken head by head so that no (b heads n m) ever exists; with `heads`, (b heads n m).
     """
-    q, maps = q.float() * q.shape[-1] ** -0.5, []
+    q = q.float() * q.shape[-1] ** -0.5
+    maps: list[Tensor] = []
     for q_head, k_head in zip(q.unbind(1), k.float().unbind(1)):
         logits = q_head @ k_head.mT
         head = (logits if bias is None else logits + bias[:, 0]).softmax(dim=-1)
@@ -223,7 +224,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, depth: int, config: UNetConfig):
         super().__init__()
-        heads = config.heads or channels // config.head_channels
+        heads = config.heads or channels // (config.head_channels or channels)
         self.linear = config.linear_projections
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
@@ -232,7 +233,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Captured]:
-        size, captured = tuple(x.shape[-2:]), {}
+        size, captured = (x.shape[-2], x.shape[-1]), Captured()
         bias = call.conditioning.bias(size)
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")
@@ -255,7 +256,7 @@ class Block(nn.ModuleList):
         self, x: Tensor, embedding: Tensor, call: Call, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Captured]:
         """size: that of the next skip, the target of an upsampling at the end; it may be odd."""
-        captured = {}
+        captured = Captured()
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)
@@ -304,10 +305,11 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, (width, depth) in reversed(list(enumerate(zip(widths, config.transformer_depth)))):
             for _ in range(config.res_blocks + 1):
-                self.output_blocks.append(stage(channels + skips.pop(), width, depth))
+                block = stage(channels + skips.pop(), width, depth)
+                self.output_blocks.append(block)
                 channels = width
             if level:
-                self.output_blocks[-1].append(Upsample(width))
+                block.append(Upsample(width))
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
         for name, module in self.named_modules():
             if isinstance(module, TransformerBlock | Block):
@@ -337,7 +339,7 @@ class UNet(nn.Module):
         if (conditioning.vector is None) == bool(self.config.vector_dim):
             raise BadInput(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its tokens")
         call = Call(conditioning, capture or Capture(), attend, inject)
-        rows, captured, skips = len(conditioning.tokens), {}, []
+        rows, captured, skips = len(conditioning.tokens), Captured(), list[Tensor]()
         embedding = expand(self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
         if conditioning.vector is not None:
             embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)

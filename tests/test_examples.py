@@ -32,6 +32,7 @@ def test_there_are_seven_of_at_most_30_lines():
     assert all(f"def test_{path.stem}(" in Path(__file__).read_text() for path in EXAMPLES)
 
 
+@pytest.mark.slow
 def test_attend_and_excite(example):
     """Words are attended to more at every later step than where the latent is left alone."""
     moved, left = example.main(), example.main(rate=0.0)
@@ -46,6 +47,7 @@ def test_prompt_to_prompt(example):
     assert 0.01 < (car - boat).abs().mean() < (car - own_boat).abs().mean()
 
 
+@pytest.mark.slow
 def test_own_sampler(example, flat):
     """It converges with the second order: twice as near with 1.5 times the steps; Euler's method does not."""
     found = {}

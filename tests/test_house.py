@@ -133,6 +133,7 @@ def run_in(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("wing", WINGS)
+@pytest.mark.slow
 def test_without_a_wing_the_rest_can_be_imported_and_makes_a_picture(wing, tmp_path):
     folder = without([wing], tmp_path / "copy")
     program = tmp_path / "copy" / "program.py"
@@ -145,6 +146,7 @@ def test_without_a_wing_the_rest_can_be_imported_and_makes_a_picture(wing, tmp_p
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_without_any_wing_the_tests_of_the_spine_pass(tmp_path):
     folder = without(WINGS, tmp_path / "copy")
     (folder / "scfg" / "cpu.py").unlink()
@@ -166,6 +168,7 @@ def test_modules_are_not_hidden_by_functions_of_their_names():
             assert sys.modules[f"scfg.{path.stem}"] is getattr(scfg, path.stem)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_makes_the_same_picture_away_from_the_source(tmp_path, flat):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     ignored = shutil.ignore_patterns(".*", "run", "tests", "build", "*.egg-info")

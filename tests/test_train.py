@@ -16,6 +16,7 @@ import sheet
 import train
 
 
+@pytest.mark.slow
 def test_the_training_makes_a_checkpoint_from_nothing_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RUN", tmp_path / "run")
     monkeypatch.setattr(train, "HERE", tmp_path)
@@ -75,6 +76,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
         )
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_every_prompt_with_the_options_of_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sheet, "HERE", tmp_path)
     sheets = []

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 
@@ -29,7 +29,7 @@ SAMPLER_NAMES = {  # as Stable Diffusion tools call them
     "ddim": "DDIM",
     "euler_cfg_pp": "Euler CFG++",
 }
-DIRECTIONS = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
+DIRECTIONS: dict[str | None, Any] = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
 SLOTS = ("scale", "direction", "pag", "seg", "rescale", "interval", "ramp")  # options that a whole guidance replaces
 NATIVE = "; ".join(
     f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
@@ -230,6 +230,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for add in (add_guidance, add_run, add_model):
         add(parser)
     args, rest = parse_with_picture(parser, list(sys.argv[1:] if argv is None else argv))
+    check(parser, args, rest)
+    return args
+
+
+def check(parser: Parser, args: argparse.Namespace, rest: list[str]) -> None:
+    """End the program where arguments do not go together."""
     if rest and not any(word.startswith("-") for word in rest):
         parser.error(f'the prompt is one argument: put it in quotes, "{" ".join([args.prompt, *rest])}"')
     if rest:
@@ -251,4 +257,3 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "".join([args.prompt, args.negative or "", *(option.text for option in args.region)]).encode()
     except UnicodeEncodeError:
         parser.error("the prompt is not UTF-8 text: check the terminal's encoding")
-    return args

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..prompting import encode
 from ..regional import ByRegion, Part, RegionalPrompt
 from ..regional.area import find_phrase
 from ..report.record import middle_third, watch
-from ..samplers import SAMPLERS, Denoise, Sampler
+from ..samplers import SAMPLERS, Denoise, Sampler, Steps
 from ..text import Prompt
 from .arguments import DIRECTIONS, SAMPLER_NAMES
 from .files import scale_of
@@ -84,7 +85,7 @@ def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
-    sampler = {**SAMPLERS, "euler_cfg_pp": euler_cfg_pp}[args.sampler]
+    sampler: Callable[..., Steps] = {**SAMPLERS, "euler_cfg_pp": euler_cfg_pp}[args.sampler]
     if args.eta is None:
         return sampler
     if "eta" not in inspect.signature(sampler).parameters:
@@ -148,8 +149,10 @@ def rule_in_short(rule: Rule) -> str:
     """A named rule by its name and scale, whatever its fallback; others as they print."""
     rule = rule.base if isinstance(rule, ByRegion) else rule
     plain = replace(rule, min_contrast=0.0) if isinstance(rule, SCFG) else rule
-    names = [name for name, make in RULES.items() if isinstance(rule, CFG | SCFG) and make(rule.gamma) == plain]
-    return f"{names[0]} at scale {rule.gamma:g}" if names else str(rule)
+    if not isinstance(rule, CFG | SCFG):
+        return str(rule)
+    name = next((name for name, make in RULES.items() if make(rule.gamma) == plain), str(rule))
+    return f"{name} at scale {rule.gamma:g}"
 
 
 def summary(args: argparse.Namespace, model: Diffusion) -> str:

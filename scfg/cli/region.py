@@ -61,7 +61,7 @@ def region(text: str) -> RegionOption:
     def wrong(what: str) -> argparse.ArgumentTypeError:
         return argparse.ArgumentTypeError(f"{text!r}{what}, as in {EXAMPLE}")
 
-    description = DESCRIPTION.match(text).group()
+    description = "".join(DESCRIPTION.findall(text)[:1])
     options = text[len(description) + 1 :]
     options, prompt = [*re.split(r"(?:^|,)\s*prompt=", options, maxsplit=1), ""][:2]
     late = re.search(rf",\s*({'|'.join(OPTIONS)})\s*=", prompt)
@@ -88,7 +88,7 @@ def region(text: str) -> RegionOption:
         area = parse_area(description)
     except BadInput as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    area = area.feathered(values.pop("feather")) if "feather" in values else area
+    area = area.feathered(int(values.pop("feather"))) if "feather" in values else area
     base = values.pop("base", 0.0)
     return RegionOption(
         text, area, Region(area, **values, start=start, end=end) if values else None, prompt, base, start, end

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -103,7 +103,7 @@ def run_regions(args: argparse.Namespace) -> None:
     sheet.save(args.output / "regions.png")
 
 
-def write(path: Path, values: dict) -> None:
+def write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
     print(path)
 

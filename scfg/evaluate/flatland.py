@@ -81,7 +81,7 @@ def sampled(model: Diffusion, scenes: Sequence[Scene], settings: Settings, folde
 
 
 def judged(judge: Judge, scenes: Sequence[Scene], pictures: Tensor) -> list[Verdict]:
-    readings = [reading for some in pictures.split(64) for reading in judge.read(some)]
+    readings = [reading for some in torch.split(pictures, 64) for reading in judge.read(some)]
     return [verdict(scene, reading) for scene, reading in zip(scenes, readings)]
 
 
@@ -92,7 +92,7 @@ def shares(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, Sh
     are of kinds that training showed, hence those apart that it did not.
     """
     pairs = list(zip(scenes, verdicts))
-    outcomes = {
+    outcomes: dict[str, list[Sequence[bool]]] = {
         "objects": [v.objects for v in verdicts],
         "colours": [v.colours for v in verdicts],
         "things of unseen kinds": [

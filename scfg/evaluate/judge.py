@@ -71,7 +71,8 @@ class Judge(nn.Module):
             skip = skips.pop()
             x = block(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="bilinear"), skip], dim=1))
         logits = F.interpolate(self.things(x), size=pictures.shape[-2:], mode="bilinear")
-        return *logits.split([1 + len(OBJECTS), len(COLOURS)], dim=1), background
+        objects, colours = torch.split(logits, [1 + len(OBJECTS), len(COLOURS)], dim=1)
+        return objects, colours, background
 
     @torch.no_grad()
     def read(self, pictures: Tensor) -> list[Reading]:
@@ -92,7 +93,7 @@ class Judge(nn.Module):
 
 def best(names: Sequence[str], logits: Tensor, mask: Tensor) -> str:
     """The name whose log probabilities (n h w) have the largest mean over the mask."""
-    return names[logits[:, mask].mean(1).argmax()]
+    return names[int(logits[:, mask].mean(1).argmax())]
 
 
 def centre(mask: Tensor) -> tuple[float, float]:
@@ -131,12 +132,13 @@ def verdict(scene: Scene, reading: Reading) -> Verdict:
     """
     background = reading.background == scene.background
     wanted, found = scene.things, reading.things
-    nobody = [None] * max(0, len(wanted) - len(found))
+    nobody: list[Found | None] = [None] * max(0, len(wanted) - len(found))
     pairings = []
     for some in permutations([*found, *nobody], len(wanted)):
-        objects = tuple(bool(f) and f.name == thing.name for thing, f in zip(wanted, some))
-        colours = tuple(bool(f) and f.colour == thing.colour for thing, f in zip(wanted, some))
-        holds = scene.relation is not None and all(map(max, objects, colours)) and relates(scene.relation, *some)
+        objects = tuple(f is not None and f.name == thing.name for thing, f in zip(wanted, some))
+        colours = tuple(f is not None and f.colour == thing.colour for thing, f in zip(wanted, some))
+        placed = [f for f in some if f is not None]
+        holds = scene.relation is not None and all(map(max, objects, colours)) and relates(scene.relation, *placed)
         pairings.append(((sum(objects + colours), sum(objects)), objects, colours, holds))
     most = max(score for score, *_ in pairings)
     _, objects, colours, holds = next(pairing for pairing in pairings if pairing[0] == most)

@@ -53,7 +53,7 @@ def in_batches(made: Sequence[Made], what: str) -> Iterator[Sequence[Made]]:
 
 def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], Share]:
     """Scenes of two kinds of things whose pictures are wholly right, and the share of those painted that are."""
-    found, tried = [], 0
+    found, tried = list[Made](), 0
     scenes = (
         scene
         for scene in map(compose, from_(HELD_OUT))
@@ -73,11 +73,17 @@ class OfEach(Area):
     """One area for each picture of a batch."""
 
     areas: tuple[Area, ...]
-    needs_regions = True
+
+    @property
+    def needs_regions(self) -> bool:
+        return True
 
     def of(self, regions: Regions) -> Tensor:
-        rows = [Regions(*(values[i : i + 1] for values in regions)) for i in range(len(self.areas))]
-        return torch.cat([area.of(row) for area, row in zip(self.areas, rows)])
+        found = []
+        for i, area in enumerate(self.areas):
+            tokens, foreground, scores = (values[i : i + 1] for values in regions[:3])
+            found.append(area.of(Regions(tokens, foreground, scores, regions.words[i : i + 1])))
+        return torch.cat(found)
 
     def __str__(self) -> str:
         return "a word of each picture"

@@ -50,7 +50,8 @@ def region_ious(
     """Mean over one scene's things, for the ways of reading a thing's region out of its scores and tokens (t h w)."""
     content = [word for phrase in found for word in phrase[1:]] + [ground]
     best = scores[[word.start for word in content]].argmax(0)
-    rows = {"the noun's token": [], "its phrase's tokens": [], "colour or noun among content words": []}
+    kinds = "the noun's token", "its phrase's tokens", "colour or noun among content words"
+    rows: dict[str, list[float]] = {kind: [] for kind in kinds}
     for i, (phrase, truth) in enumerate(zip(found, truths)):
         noun, whole, chosen = (
             tokens[phrase.noun.start],
@@ -89,10 +90,13 @@ def ious(model: Diffusion, scenes: Sequence[Scene], t: int) -> dict[str, np.ndar
         )
         prompt = model.prompt([scene.caption for scene in some])
         denoiser = model.denoiser(prompt, CFG(1.0), capture=Capture(math.prod(clean.shape[-2:])))
-        maps = denoiser(clean + sigma * noise.to(clean.device), sigma).maps.values()
-        regions = {name: segment_maps(maps, recipe) for name, recipe in rules.items()}
+        maps = denoiser(clean + sigma * noise.to(clean.device), sigma).maps
+        regions = {name: segment_maps([*maps.values()], recipe) for name, recipe in rules.items()}
         for i, (scene, truth) in enumerate(zip(some, truths)):
-            own = {name: Regions(*(values[i].cpu() for values in r[:3])) for name, r in regions.items()}
+            own = {
+                name: Regions(r.tokens[i].cpu(), r.foreground[i].cpu(), r.scores[i].cpu())
+                for name, r in regions.items()
+            }
             found.append(scene_ious(scene, prompt.words[i], own, torch.from_numpy(truth)))
     return {name: np.array([figures[name] for figures in found]) for name in found[0]}
 

@@ -33,14 +33,14 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
             read = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             # without its padding token, which would be split off any text: SD 2.x's is "!"
             bpe = json.loads(read.backend_tokenizer.to_str())["model"]
-            return CLIPTokenizer(vocab=bpe["vocab"], merges=list(map(tuple, bpe["merges"])))
+            merges = [(first, second) for first, second in bpe["merges"]]
+            return CLIPTokenizer(vocab=bpe["vocab"], merges=merges)  # type: ignore[arg-type]
         if path.is_file() and path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            merges = [
-                tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]
-            ]  # the file has more than CLIP uses
-            return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)
+            pairs = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file has more than CLIP uses
+            merges = [(first, second) for first, second in pairs]
+            return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)  # type: ignore[arg-type]
     except Exception as error:  # a damaged file fails in as many ways as the libraries below have parts
         reason = str(error).split("\n")[0]
     raise BadInput(

@@ -42,7 +42,7 @@ def tokenize(text: Text, prompt: str) -> Tokenized:
     See `parse_weights` for brackets. BREAK begins a chunk, and so does a word for which there is no room, with what
     follows the last comma if that is short.
     """
-    chunks, names, room = [[]], [], text.length - 2
+    chunks, names, room = [list[Token]()], list[str](), text.length - 2
     for piece, weight in parse_weights(prompt):
         for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
             chunks += [[]] * (i > 0)
@@ -55,12 +55,13 @@ def tokenize(text: Text, prompt: str) -> Tokenized:
                 names.append(name)
     while len(chunks) > 1 and not chunks[-1]:  # nothing follows a last BREAK
         chunks.pop()
-    places = {}
+    places: dict[int, list[int]] = {}
     for number, chunk in enumerate(chunks):
         for i, token in enumerate(chunk):
             places.setdefault(token.word, []).append(number * text.length + 1 + i)  # token 0 is the start token
     words = tuple(Word(names[word], at[0], at[-1] + 1) for word, at in places.items())
-    start, end = text.tokenizer.bos_token_id, text.tokenizer.eos_token_id
+    tokenizer = text.checked_tokenizer()
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return Tokenized(
         [[start, *(token.id for token in chunk), end] for chunk in chunks],
         [[1.0, *(token.weight for token in chunk)] for chunk in chunks],
@@ -75,13 +76,13 @@ def encode_texts(
     read = [tokenize(text, prompt) for prompt in prompts]
     text.warn_of_unknown([word for own in read for word in own.words])
     counts = [len(own.chunks) for own in read]
-    states, pooled = text.encode([ids for own in read for ids in own.chunks], device, layer_from_end)
+    of_towers, pooled = text.encode([ids for own in read for ids in own.chunks], device, layer_from_end)
     weights = torch.ones(sum(counts), text.length)
     for row, own in zip(weights, (own for text in read for own in text.weights)):
         row[: len(own)] = torch.tensor(own)
-    states = torch.cat([emphasised(of_tower, weights.to(device)) for of_tower in states], -1)
-    whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in states.split(counts)]
-    first = None if pooled is None else torch.stack([own[0] for own in pooled.split(counts)])
+    states = torch.cat([emphasised(of_tower, weights.to(device)) for of_tower in of_towers], -1)
+    whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in torch.split(states, counts)]
+    first = None if pooled is None else torch.stack([own[0] for own in torch.split(pooled, counts)])
     lengths = tuple(count * text.length for count in counts)
     return Encoded(pad_sequence(whole, batch_first=True), first, lengths, tuple(own.words for own in read))
 

@@ -16,7 +16,8 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     (this) counts 1.1 times, (this:1.3) 1.3 times, [this] 1 / 1.1 times; brackets nest, those never closed reach to the
     end, and a backslash makes one an ordinary letter.
     """
-    pieces, opened = [], {"(": [], "[": []}
+    pieces: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, factor: float) -> None:
         first = opened[bracket].pop()

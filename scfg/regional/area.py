@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,14 +36,20 @@ class Area:
     description serves everywhere.
     """
 
-    phrases: tuple[str, ...] = ()  # of the prompt, which it needs
-    needs_regions = False
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """Those of the prompt that it needs."""
+        return ()
 
-    def of(self, regions: Regions | None) -> Tensor:
+    @property
+    def needs_regions(self) -> bool:
+        return False
+
+    def of(self, regions: Any) -> Tensor:
         """(b|1 1 h w), on any grid."""
         raise NotImplementedError
 
-    def __call__(self, regions: Regions | None, size: tuple[int, int]) -> Tensor:
+    def __call__(self, regions: Regions | None, size: Sequence[int]) -> Tensor:
         """(b|1 1 h w) of this size."""
         return resized(self.of(regions), size)
 
@@ -82,7 +88,7 @@ class Union(Area):
     def needs_regions(self) -> bool:
         return any(area.needs_regions for area in self.areas)
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         return reduce(torch.maximum, on_one_grid([area.of(regions) for area in self.areas]))
 
     def __str__(self) -> str:
@@ -93,10 +99,15 @@ class Union(Area):
 class Intersection(Area):
     areas: tuple[Area, ...]
 
-    phrases = Union.phrases
-    needs_regions = Union.needs_regions
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return tuple(phrase for area in self.areas for phrase in area.phrases)
 
-    def of(self, regions: Regions | None) -> Tensor:
+    @property
+    def needs_regions(self) -> bool:
+        return any(area.needs_regions for area in self.areas)
+
+    def of(self, regions: Any) -> Tensor:
         return reduce(torch.minimum, on_one_grid([area.of(regions) for area in self.areas]))
 
     def __str__(self) -> str:
@@ -115,7 +126,7 @@ class Complement(Area):
     def needs_regions(self) -> bool:
         return self.area.needs_regions
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         return 1 - self.area.of(regions)
 
     def __str__(self) -> str:
@@ -127,8 +138,13 @@ class Feathered(Area):
     area: Area
     times: int
 
-    phrases = Complement.phrases
-    needs_regions = Complement.needs_regions
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        return self.area.phrases
+
+    @property
+    def needs_regions(self) -> bool:
+        return self.area.needs_regions
 
     @cached_property
     def fixed(self) -> Tensor:
@@ -138,7 +154,7 @@ class Feathered(Area):
     def blurred(self, values: Tensor) -> Tensor:
         return reduce(lambda area, _: blur(area), range(self.times), values)
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         return self.blurred(self.area.of(regions)) if self.needs_regions else on_device(self.fixed, regions)
 
     def __str__(self) -> str:
@@ -149,9 +165,11 @@ class Feathered(Area):
 class Foreground(Area):
     """The pixels that the segmentation takes for the foreground."""
 
-    needs_regions = True
+    @property
+    def needs_regions(self) -> bool:
+        return True
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         return regions.foreground
 
     def __str__(self) -> str:
@@ -170,13 +188,15 @@ class Words(Area):
     soft: bool = False
     against_all: bool = False
 
-    needs_regions = True
+    @property
+    def needs_regions(self) -> bool:
+        return True
 
     @property
     def phrases(self) -> tuple[str, ...]:
         return (self.phrase,)
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         if not regions.words:
             what = f"the area of {self.phrase!r} needs a prompt that knows its words"
             raise BadInput(f"{what}, as Diffusion.prompt makes it")
@@ -209,7 +229,7 @@ class Mask(Area):
     path: str | None
     values: Tensor  # (b|1 1 h w), 0 to 1
 
-    def of(self, regions: Regions | None) -> Tensor:
+    def of(self, regions: Any) -> Tensor:
         return on_device(self.values, regions)
 
     def __eq__(self, other: object) -> bool:
@@ -246,7 +266,7 @@ def on_one_grid(areas: Sequence[Tensor]) -> list[Tensor]:
     return [resized(area, size) for area in areas]
 
 
-def resized(area: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(area: Tensor, size: Sequence[int]) -> Tensor:
     """An area (b 1 h w) on a grid of this size: averaged where either side is coarser, else repeated."""
     if area.shape[-2:] == tuple(size):
         return area
@@ -259,7 +279,7 @@ def nowhere(area: Area) -> str:
     return f"{area} is nowhere, or nearly: nothing of its own there"
 
 
-def fitted(area: Area, regions: Regions | None, pictures: int, size: tuple[int, int]) -> Tensor:
+def fitted(area: Area, regions: Regions | None, pictures: int, size: Sequence[int]) -> Tensor:
     """An area's values (b|1 1 h w) for a batch, which it must be of unless it is of one picture."""
     values = area(regions, size)
     if len(values) not in (1, pictures):

@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import BadInput
 from ..guidance import Row
 from ..schedule import Moment
-from ..segment import Tokens
+from ..segment import Tokens, Word
 from ..text import Conditioner, Prompt
 from ..unet import LEAST, Conditioning
 from .area import Area, area_of, fitted, nowhere, too_small
@@ -47,7 +47,7 @@ class RegionalPrompt:
             raise BadInput(f"the whole prompt is encoded: give model.prompt({self.whole!r})")
 
     @property
-    def words(self) -> tuple:
+    def words(self) -> tuple[tuple[Word, ...], ...]:
         return self.whole.words
 
     @property

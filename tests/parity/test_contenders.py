@@ -12,6 +12,8 @@ from compare import close, model, no_gradients  # noqa: E402, F401
 from contenders import steps  # noqa: E402
 from small import reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_contenders_agree(family: str) -> None:

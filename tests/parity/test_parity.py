@@ -28,6 +28,8 @@ from small import FAMILIES, reference  # noqa: E402
 
 from scfg.prompting import encode, tokenize  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

@@ -14,6 +14,8 @@ from compare import TEXT, close, no_gradients, normal  # noqa: E402, F401
 from schedulers import scheduler  # noqa: E402
 from small import reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SEED, SCALE, STEPS = 3, 5.0, 6
 
 

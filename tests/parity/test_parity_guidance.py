@@ -23,6 +23,8 @@ import scfg  # noqa: E402
 from compare import close, model, no_gradients, normal  # noqa: E402, F401
 from small import FAMILIES, reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 GAMMA = 6.0
 CASES: dict[str, tuple[scfg.Guidance, Callable[[], Any]]] = {
     "CFG": (scfg.Guidance(scale=scfg.CFG(GAMMA)), lambda: ClassifierFreeGuidance(GAMMA)),

@@ -15,6 +15,8 @@ from compare import close, model, no_gradients, normal  # noqa: E402, F401
 from schedulers import scheduler  # noqa: E402
 from small import NARROW, reference  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def reference_sigmas(sampler: str, spacing: str, steps: int) -> Tensor:
     """diffusers' sigmas at the start of every step, and at the end of the last."""

@@ -36,6 +36,7 @@ def published(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_names_and_shapes_of_whole_files_are_the_originals(name):
     """Every tensor of a published file finds its place, no place stays empty, and its sizes are the family's."""
     tensors = published(name)
@@ -57,6 +58,7 @@ def test_files_without_text_towers_are_recognised(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_a_small_file_of_a_family_loads_whole(tmp_path, name):
     config = families.small(FAMILIES[name])
     tensors, prediction = families.original(config), config.schedule.prediction

@@ -141,6 +141,7 @@ class Given:
 
 
 @pytest.mark.parametrize("rule", [SCFG(7.5), SCFG.paper(7.5)], ids=["official", "paper"])
+@pytest.mark.slow
 def test_twenty_steps_of_four_pictures_equal_the_four_alone_given_their_regions(tiny, four, rule):
     """Near ties, which rounding decides, are left out by giving the pictures alone what was found together."""
     sigmas, noise, recording = tiny.sigmas(20), tiny.noise(range(3, 7), (128, 128)), Recording(rule.recipe)

@@ -52,6 +52,7 @@ def test_noise_of_a_picture_is_its_seeds_alone(flat):
     assert error(shuffled, straight.flip(0)) < 1e-4 and error(shuffled, straight) > 1e-2
 
 
+@pytest.mark.slow
 def test_with_all_rates_one_the_picture_is_cfgs_bit_for_bit(tiny, prompt):
     rules = SCFG(7.5, rate_range=(1.0, 1.0)), CFG(7.5), SCFG(7.5)
     one, plain, free = (last(tiny.sample(prompt, rule, steps=4, size=(256, 256), seeds=1)).latent for rule in rules)
@@ -60,6 +61,7 @@ def test_with_all_rates_one_the_picture_is_cfgs_bit_for_bit(tiny, prompt):
 
 @pytest.mark.filterwarnings("ignore:.*far from pure noise")
 @pytest.mark.parametrize("width, height", [(1216, 832), (136, 72)])
+@pytest.mark.slow
 def test_any_size(tiny, prompt, width, height):
     single = Prompt(context={row: context[:1] for row, context in prompt.context.items()})
     step = last(tiny.sample(single, SCFG(7.5), sampler="ddim", steps=1, size=(width, height)))

@@ -53,6 +53,7 @@ def last(steps):
 
 @pytest.mark.filterwarnings("ignore:the SDXL refiner finishes")
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_text_to_latent(load, name):
     """Contexts of the family's width, regions of its words, and another latent for another negative prompt."""
     model, latents = load(name), []
@@ -230,6 +231,7 @@ def enlarged(model: scfg.Diffusion, layer: str, factor: float) -> scfg.Diffusion
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd2", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_attention_logits_beyond_fp16_stay_finite(load, name, dtype):
     model = enlarged(enlarged(load(name, dtype=dtype), "to_q", 400), "to_k", 400)
     prompt = model.prompt("cat dog", "")
@@ -257,6 +259,7 @@ def test_attention_logits_beyond_fp16_stay_finite(load, name, dtype):
     assert torch.allclose(maps[block].self.double(), exact.mean(1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_xls_vae_with_activations_beyond_fp16_decodes_in_an_fp16_run(load):
     latent = seeded(1, 4, 8, 8)
     half, whole = (
@@ -278,6 +281,7 @@ def test_with_offload_the_towers_are_not_moved(load):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", ["full", "a fifth"])
+@pytest.mark.slow
 def test_maps_of_xls_sixty_blocks_at_1024_take_little_memory(size):
     """At full size the tensors are of the CPU but hold no numbers, so that attention is the fused one there too."""
     config = SDXL.unet if size == "full" else families.small(SDXL).unet

@@ -34,6 +34,7 @@ def test_everything_public_is_there_once():
     assert not set(scfg.__all__) & set(MODULES)
 
 
+@pytest.mark.slow
 def test_importing_the_package_leaves_wings_that_only_some_runs_need():
     lazy = {f"scfg.{name}" for name in "formats large report cli evaluate flatland".split()}
     code = f"import sys, scfg; print({lazy} & set(sys.modules))"

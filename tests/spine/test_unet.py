@@ -48,6 +48,7 @@ def test_non_square_output_equals_the_original(tiny, oracle):
 
 @torch.no_grad()
 @pytest.mark.parametrize("height, width, divisor", [(32, 32, 1), (52, 76, 4), (13, 9, 1), (1, 5, 1)])
+@pytest.mark.slow
 def test_maps_leave_the_output_as_it_is(tiny, height, width, divisor):
     inputs = seeded(1, 4, height, width), torch.tensor([500.0]), Conditioning(seeded(2, 77, 48))
     without, none = tiny.unet(*inputs)
@@ -168,6 +169,7 @@ def test_a_vector_that_nothing_takes_is_refused(tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pixels", [0, 16])
+@pytest.mark.slow
 def test_it_compiles_as_one_graph(tiny, pixels):
     inputs, capture = some_inputs(), Capture(pixels, make=OFFICIAL.complete)
     compiled = torch.compile(tiny.unet, fullgraph=True, backend="aot_eager")

@@ -83,6 +83,7 @@ COMMANDS = {
 
 @pytest.mark.filterwarnings("ignore:this model never saw")
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_a_picture_is_repeated_to_the_bit(tmp_path, name):
     made(tmp_path, *COMMANDS[name], "--steps", "3")
     first = sorted(path for path in tmp_path.glob("*.png") if "regions" not in path.name)
@@ -96,6 +97,7 @@ def test_a_picture_is_repeated_to_the_bit(tmp_path, name):
         assert facts(one) == facts(other)
 
 
+@pytest.mark.slow
 def test_options_change_what_the_picture_says(tmp_path):
     latent = made(tmp_path, "--steps", "3", "--guidance", "cfg", "--scale", "4", "--seed", "7")
     picture = str(tmp_path / "00000-7.png")
@@ -153,6 +155,7 @@ def test_hostile_texts_are_refused_in_one_line(tmp_path, monkeypatch, capsys, na
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_guidance_is_read_from_json_typed_and_in_a_file(tmp_path):
     guidance = scfg.Guidance(scale=scfg.CFG(3.0), perturb=scfg.PAG(1.0))
     text = json.dumps(scfg.to_dict(guidance))
@@ -163,6 +166,7 @@ def test_a_guidance_is_read_from_json_typed_and_in_a_file(tmp_path):
     assert np.array_equal(latent, made(tmp_path, "--guidance", "cfg", "--scale", "3", "--pag", "1", "--steps", "2"))
 
 
+@pytest.mark.slow
 def test_from_the_shell(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "sample.py", "--from", "absent.png"], cwd=tmp_path, capture_output=True, text=True

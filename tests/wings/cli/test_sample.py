@@ -43,6 +43,7 @@ def facts(path: Path) -> str:
         return picture.text["parameters"]
 
 
+@pytest.mark.slow
 def test_the_bare_command_makes_a_picture_and_its_regions(tmp_path):
     done = script(folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -79,6 +80,7 @@ def test_notes_are_printed_at_the_end(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "scfg-mean", "scfg-cond", "cfg"])
+@pytest.mark.slow
 def test_every_guidance_in_batches_of_any_size(flat, tmp_path, guidance):
     steps = "3" if guidance == "cfg" else "1"
     words = ["a blue fish at sea", "--guidance", guidance, "--count", "3", "--steps", steps, "--seed", "7"]
@@ -100,6 +102,7 @@ def test_every_guidance_in_batches_of_any_size(flat, tmp_path, guidance):
     "sampler, spacing, eta", [("dpmpp_2m", None, None), ("ddim", None, "0.5"), ("heun", "karras", None)]
 )
 @pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "cfg"])
+@pytest.mark.slow
 def test_the_command_makes_what_the_python_api_makes(flat, tmp_path, guidance, sampler, spacing, eta):
     """Regions that are read for the report only, as with plain guidance, change no picture."""
     words = [
@@ -195,6 +198,7 @@ SAME = {"--prediction", "--offload"}  # as the embedded model is anyway; and whe
 
 
 @pytest.mark.parametrize("without", TOGETHER)
+@pytest.mark.slow
 def test_every_option_acts_beside_all_others(all_together, without):
     """The command with everything, but for this option, makes another picture."""
     latent, folder = all_together
@@ -208,6 +212,7 @@ def test_every_option_acts_beside_all_others(all_together, without):
         assert found.shape != latent.shape or error(found, latent) > 1e-3
 
 
+@pytest.mark.slow
 def test_every_part_of_a_region_acts_beside_all_others(all_together):
     latent, folder = all_together
     cases = {"first": REGIONS[1:], "second": REGIONS[:1]}
@@ -238,6 +243,7 @@ def test_every_part_of_a_region_acts_beside_all_others(all_together):
         (["--sampler", "euler_cfg_pp"], "Euler CFG++"),
     ],
 )
+@pytest.mark.slow
 def test_options_that_do_not_go_with_the_others_act(tmp_path, words, said):
     plain, found = made(tmp_path, "--steps", "4"), made(tmp_path, "--steps", "4", *words)
     # the middle block's queries hardly differ in this model, so that blurring them changes little
@@ -439,6 +445,7 @@ def test_wrong_use_is_one_line_and_exit_2(tmp_path, case, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_wrong_use_from_the_shell(tmp_path):
     for words in (["--steps", "0"], ["a", "red", "car"], ["--cfg", "7"]):
         done = script(*words, folder=tmp_path)

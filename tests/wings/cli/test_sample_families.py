@@ -32,6 +32,7 @@ def words(files, folder, *more: str) -> list[str]:
     return [*given, "--steps", "3", "--size", "64x96", "--out", str(folder), *more]
 
 
+@pytest.mark.slow
 def test_the_script_runs_base_and_refiner_and_says_what_it_runs(files, tmp_path, capsys):
     refiner = ["--refiner", str(files / "sdxl_refiner.safetensors"), "--refiner-from", "0.5"]
     runs, said = [], []
@@ -62,6 +63,7 @@ def plan(files, folder, *more: str) -> cli.Job:
     return cli.plan(model, cli.prompt_of(model, args), args)
 
 
+@pytest.mark.slow
 def test_a_refiner_that_never_takes_over_is_said(files, tmp_path):
     refiner = ["--refiner", str(files / "sdxl_refiner.safetensors"), "--sampler", "euler"]
     with pytest.warns(UserWarning, match="the refiner never takes over: none of the 4 steps lies in its share"):
@@ -71,6 +73,7 @@ def test_a_refiner_that_never_takes_over_is_said(files, tmp_path):
         plan(files, tmp_path, *refiner, "--steps", "5")
 
 
+@pytest.mark.slow
 def test_a_base_as_refiner_and_a_refiner_as_base_are_said(files, tmp_path):
     with pytest.warns(UserWarning, match="SDXL is no refiner: it is used as one all the same"):
         plan(files, tmp_path, "--refiner", str(files / "sdxl.safetensors"), "--steps", "9")

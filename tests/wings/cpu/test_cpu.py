@@ -35,6 +35,7 @@ def faults(*words: str) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is changed")
+@pytest.mark.slow
 def test_freed_memory_is_used_again():
     (_, plain), (kept, with_it) = faults(), faults("keep")
     if kept == "False":

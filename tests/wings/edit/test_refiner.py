@@ -35,6 +35,7 @@ def run(model, denoise, steps: int = 5, seed: int = 3) -> list[scfg.Step]:
     return list(scfg.run(denoise, "euler", noise() * math.sqrt(sigmas[0] ** 2 + 1), sigmas, noise))
 
 
+@pytest.mark.slow
 def test_the_refiner_takes_over_at_its_share_of_the_timesteps(load):
     base, refiner = load("sdxl"), load("sdxl_refiner")
     early, late = (model.denoiser(model.prompt("cat"), CFG(5.0)) for model in (base, refiner))

@@ -37,6 +37,7 @@ def drawn(scenes: list[Scene]) -> torch.Tensor:
     return torch.stack([rearrange(torch.tensor(render(scene)[0]) / 255, "h w c -> c h w") for scene in scenes])
 
 
+@pytest.mark.slow
 def test_the_judge_reads_drawn_scenes(judge, held_out):
     readings = judge.read(drawn(held_out))
     verdicts = [verdict(scene, reading) for scene, reading in zip(held_out, readings)]
@@ -51,6 +52,7 @@ def test_the_judge_reads_drawn_scenes(judge, held_out):
     assert embedded_checkpoint().with_name("judge.safetensors").stat().st_size < 4e6
 
 
+@pytest.mark.slow
 def test_the_judge_reads_what_the_autoencoder_leaves(judge, held_out, flat):
     with torch.no_grad():
         decoded = torch.cat([flat.decode(flat.encode(some)) for some in drawn(held_out).split(32)])
@@ -151,6 +153,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "scfg.evaluate", *words], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_figures_and_a_sheet_and_goes_on(tmp_path):
     words = "flatland", "--count", "3", "--steps", "2", "--scale", "3", "--output", str(tmp_path)
     first = command(*words)
@@ -166,6 +169,7 @@ def test_the_command_writes_a_table_figures_and_a_sheet_and_goes_on(tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
 
 
+@pytest.mark.slow
 def test_regions_are_judged(tmp_path):
     """Of few pictures: what is asked for inside a mask appears there, and was not there before."""
     found = command("regions", "--count", "6", "--output", str(tmp_path))
@@ -190,6 +194,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
+@pytest.mark.slow
 def test_bad_input_is_one_line(case):
     words, message = WRONG[case]
     found = command(*words)

@@ -49,6 +49,7 @@ def test_a_large_picture_is_decoded_in_bands_by_itself(flat, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_picture_of_2048_takes_less_than_six_gigabytes():
     with FakeTensorMode(allow_non_fake_inputs=True):
         vae = VAE(VAEConfig()).requires_grad_(False)

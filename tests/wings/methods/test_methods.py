@@ -422,6 +422,7 @@ def test_misuse_is_one_line(make, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_everything_together_in_one_line(flat):
     slots = {"perturb": PAG(), "direction": APG(), "rescale": Rescale(), "when": Interval(0.3, 9.0)}
     denoise = flat.denoiser(CAPTION, Guidance(scale=SCFG(3.0), **slots), segment=OFFICIAL)
@@ -453,6 +454,7 @@ def test_everything_together_in_one_line(flat):
     ],
     ids=lambda slots: type(next(iter(slots.values()))).__name__,
 )
+@pytest.mark.slow
 def test_each_changes_the_picture_of_a_run_and_lets_gradients_through(flat, slots):
     guidance = Guidance(**{"scale": CFG(3.0)} | slots)
     plain, found = (list(flat.sample(CAPTION, one, steps=3))[-1].latent for one in (CFG(3.0), guidance))
