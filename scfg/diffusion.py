@@ -29,6 +29,8 @@ WHOLE = 128 * 128  # latent pixels that are decoded at once
 
 
 class Step(NamedTuple):
+    """A run after one of its steps."""
+
     index: int  # type: ignore[assignment]  # 0 .. count - 1; a tuple has methods of these names
     count: int  # type: ignore[assignment]
     sigma: float  # the noise level it started from
@@ -72,6 +74,8 @@ def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None
 
 @dataclass(frozen=True)
 class Diffusion:
+    """A loaded model: its networks and what its family is like."""
+
     config: Config
     unet: UNet
     vae: VAE

@@ -14,6 +14,8 @@ from .unet import LEAST, Maps
 
 
 class Word(NamedTuple):
+    """A word of a prompt, and its tokens."""
+
     text: str
     start: int  # its tokens are start .. stop - 1 of the context
     stop: int

@@ -329,6 +329,7 @@ def test_the_recipe_given_is_read_in_place_of_the_rule_s(tiny, four):
 
 @torch.no_grad()
 @pytest.mark.parametrize("segment", [None, OFFICIAL, PAPER], ids=["the rule's", "official", "paper"])
+@pytest.mark.slow
 def test_maps_are_returned_by_block_on_request_together_with_regions(tiny, four, segment):
     """What is asked for beside the small blocks of which regions are read changes no bit of regions or picture."""
     x, rule = noisy(4, 4, 16, 16, seed=48), SCFG(7.5)

@@ -37,6 +37,7 @@ def test_eight_steps_equal_the_original(tiny, prompt, oracle, sampler, guidance)
 
 
 @pytest.mark.filterwarnings("ignore:.*far from pure noise")
+@pytest.mark.slow
 def test_noise_of_a_picture_is_its_seeds_alone(flat):
     words = [TEXT, "a blue star at sea", "a white key in snow", "a pink fish on sand"]
     stochastic = functools.partial(SAMPLERS["ddim"], eta=1.0)

@@ -72,6 +72,7 @@ def test_text_to_latent(load, name):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_refiner"])
+@pytest.mark.slow
 def test_the_vector_is_pooled_text_and_sinusoids_of_sizes_or_score(load, name):
     model = load(name)
     prompt = model.prompt("cat")

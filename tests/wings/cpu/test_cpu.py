@@ -52,6 +52,7 @@ def test_without_glibc_nothing_is_done_and_it_says_so(monkeypatch):
         assert scfg.cpu.keep_freed_memory() is False
 
 
+@pytest.mark.slow
 def test_it_acts_only_where_it_is_asked_for():
     """Importing the package does not change how a process that embeds it allocates memory."""
     code = "import sys, scfg; print('scfg.cpu' in sys.modules)"

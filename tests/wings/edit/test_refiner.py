@@ -81,6 +81,7 @@ class Sum:
         return outputs.difference, (count + 1, total + outputs.difference)
 
 
+@pytest.mark.slow
 def test_flags_and_state_pass_over(load):
     """Of the direction's state, what the base left is what the refiner goes on with; flags are counted on."""
     base, refiner = load("sdxl"), load("sdxl_refiner")
@@ -109,6 +110,7 @@ def test_a_multistep_sampler_goes_on_with_what_it_remembers(load):
     assert error(steps[first].x, fresh.x) > 1e-3
 
 
+@pytest.mark.slow
 def test_prompts_for_other_numbers_of_pictures_are_refused(load):
     base, refiner = load("sdxl"), load("sdxl_refiner")
     early, late = base.denoiser("cat", CFG(5.0)), refiner.denoiser(["cat"] * 3, CFG(5.0))

@@ -210,6 +210,7 @@ def test_scales_are_chosen_on_other_captions():
 
 
 @pytest.mark.parametrize("guidance", ["scfg", "scfg-paper", "cfg"])
+@pytest.mark.slow
 def test_what_is_judged_is_what_the_named_rule_paints(flat, tmp_path, guidance):
     """Every scene's caption from its own seed; pictures are kept by what they depend on."""
     scenes = [compose(HELD_OUT + i) for i in (3, 1)]

@@ -248,6 +248,7 @@ def test_texts_and_negatives_that_do_not_go_together_are_refused(flat, tiny):
 
 @pytest.mark.filterwarnings("ignore:this model never saw ','")
 @pytest.mark.parametrize("guidance", [scfg.CFG(3.0), scfg.SCFG(3.0), scfg.SCFG.paper(3.0)])
+@pytest.mark.slow
 def test_what_fills_up_a_shorter_text_does_not_count(flat, guidance):
     """Beside long prompts and negatives."""
     x = 5 * seeded(2, 4, 16, 16)
@@ -268,6 +269,7 @@ def test_what_fills_up_a_shorter_text_does_not_count(flat, guidance):
 
 
 @pytest.mark.parametrize("rule", [scfg.SCFG(3.0), scfg.SCFG.paper(3.0)])
+@pytest.mark.slow
 def test_the_start_tokens_of_all_chunks_are_one(flat, rule):
     """They have one state, so that which of them outdoes the others would be decided by rounding."""
     text, x = "red car on grass BREAK blue star in snow BREAK pink moon", 14.6 * seeded(1, 4, 16, 16)
