@@ -4,7 +4,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
@@ -42,7 +41,6 @@ def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int],
         "Precision": args.dtype,
         "Batch size": len(seeds) if len(seeds) > 1 else None,
         "Batch pos": i if len(seeds) > 1 else None,
-        "Version": f"scfg {version('scfg')}",
     }
     return write(args.prompt, args.negative or "", facts)
 

@@ -1,5 +1,6 @@
 """What a run computed as a picture: regions coloured and named, the guidance scale at every place."""
 
+import math
 from collections.abc import Sequence
 from itertools import cycle
 from textwrap import wrap
@@ -39,12 +40,21 @@ class Named(NamedTuple):
     colour: tuple[int, int, int]
 
 
-def word_colour(text: str, otherwise: tuple[int, int, int]) -> tuple[int, int, int]:
-    """A word that names a colour is shown in it."""
+def named_colour(text: str) -> tuple[int, int, int] | None:
+    """The colour that a word names."""
     try:
-        return ImageColor.getrgb(text)[:3]
+        red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError:
-        return otherwise
+        return None
+    return red, green, blue
+
+
+def word_colours(words: Sequence[Word]) -> list[tuple[int, int, int]]:
+    """A word that names a colour is shown in it; others in colours that are not nearly one of those."""
+    named = [named_colour(word.text) for word in words]
+    free = [one for one in WORD_COLOURS if all(math.dist(one, other) > 100 for other in named if other)]
+    others = cycle(free or WORD_COLOURS)
+    return [colour or next(others) for colour in named]
 
 
 def named_areas(scores: Tensor, words: Sequence[Word], chunk: int | None = None) -> list[Named]:
@@ -56,8 +66,8 @@ def named_areas(scores: Tensor, words: Sequence[Word], chunk: int | None = None)
     best = scores.argmax(0).cpu().numpy()
     start = best % (chunk or len(scores)) == 0
     owned = [
-        Named(word.text, (best >= word.start) & (best < word.stop) & ~start, word_colour(word.text, colour))
-        for word, colour in zip(words, cycle(WORD_COLOURS))
+        Named(word.text, (best >= word.start) & (best < word.stop) & ~start, colour)
+        for word, colour in zip(words, word_colours(words))
     ]
     rest = ~np.logical_or.reduce([start, *(area.mask for area in owned)])
     return [

@@ -13,7 +13,7 @@ import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Guidance, Word
 from scfg.report import Record, named_areas, note_lines, panels, sheet, to_image, watch
 from scfg.report.record import middle_third
-from scfg.report.sheet import END, START
+from scfg.report.sheet import END, START, word_colours
 
 CAPTION = "a red car left of a blue star on grass"
 
@@ -174,3 +174,16 @@ def test_watching_is_a_denoise_like_any_other(flat):
     denoise, x = watch(flat.denoiser(CAPTION, CFG(4.0)), {5.0}), 5 * seeded(1, 4, 16, 16)
     first = denoise(x, 5.0, None)
     assert first.regions is not None and denoise(x, 4.0, first).regions is None
+
+
+def test_words_are_shown_in_colours_that_no_other_word_names():
+    text = "a red car left of a blue star on green grass"
+    colours = word_colours([Word(word, i + 1, i + 2) for i, word in enumerate(text.split())])
+    by_word = dict(zip(text.split(), colours))
+    named = [by_word.pop(word) for word in ("red", "blue", "green")]
+    assert named == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+    assert all(math.dist(colour, other) > 100 for colour in by_word.values() for other in named)
+    every = [
+        Word(word, 1, 2) for word in ("red", "orange", "gold", "blue", "green", "purple", "teal", "cyan", "pink", "a")
+    ]
+    assert len(word_colours(every)) == len(every)
