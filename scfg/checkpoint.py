@@ -143,10 +143,10 @@ def tower_sizes(tower: TextConfig, tensors: Tensors) -> TextConfig:
         pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
     except KeyError as error:
         raise BadInput(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
-    layers = len({name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")})
-    layers = tower.layers if width == tower.width else layers
-    tower = replace(tower, width=width, heads=max(1, width // 64), length=length, vocabulary=vocabulary)
-    return replace(tower, pooled=pooled, layers=layers)
+    found = {name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}
+    layers = tower.layers if width == tower.width else len(found)
+    heads = max(1, width // 64)
+    return replace(tower, width=width, layers=layers, heads=heads, length=length, vocabulary=vocabulary, pooled=pooled)
 
 
 def build(make: Callable[[], Network], tensors: Tensors, dtype: torch.dtype) -> tuple[Network, list[str]]:
@@ -205,10 +205,13 @@ def assemble(
     unet, complaints = build(lambda: UNet(config.unet), with_prefix(tensors, UNET), dtype)
     vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
     vae, of_vae = build(lambda: VAE(config.vae), with_prefix(tensors, FIRST_STAGE), vae_dtype)
-    text, of_text, towers = None, list[str](), Tensors()
+    text = None
+    of_text: list[str] = []
     if config.text:
+        towers: Tensors = {}
         if given is None and "scfg.vocab" in metadata:
             merges = list(map(tuple, json.loads(metadata["scfg.merges"])))
+            # transformers annotates merges as text and takes pairs
             given = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]
         for i, tower in enumerate(config.text):
             own = tower_tensors(with_prefix(tensors, tower.prefix))

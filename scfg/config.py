@@ -15,7 +15,7 @@ class UNetConfig:
     middle_depth: int = 1
     res_blocks: int = 2  # a level on the way down; one more on the way up
     heads: int | None = None  # the same number of heads at every level, or
-    head_channels: int | None = None  # heads of the same width at every level
+    head_channels: int | None = None  # heads of the same width at every level; without either, one head
     linear_projections: bool = False  # around the transformer blocks: linear, or a 1x1 convolution
     vector_dim: int = 0  # size of the vector added to the time embedding (XL)
     in_channels: int = 4
@@ -76,7 +76,7 @@ class Config:
     def from_dict(cls, fields: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
 
-        def rebuild(kind: Any, values: dict[str, Any]) -> Any:
+        def rebuild(kind: type, values: dict[str, Any]) -> Any:
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
         kinds = {"unet": UNetConfig, "vae": VAEConfig, "schedule": Schedule}

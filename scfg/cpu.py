@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -70,8 +69,10 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Compute:
 
 def packed_convolution(layer: nn.Conv2d) -> Compute:
     """Its output lies in memory pixel by pixel (channels last), which attention and the next convolution want."""
-    how: Any = layer.padding, layer.stride, layer.dilation, layer.groups
-    weight, bias = torch._C._nn.mkldnn_reorder_conv2d_weight(layer.weight.to_mkldnn(), *how), layer.bias
+    how = layer.padding, layer.stride, layer.dilation, layer.groups
+    plain, bias = layer.weight.to_mkldnn(), layer.bias
+    # the stub of this private function wants lists of Any
+    weight = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, *how)  # type: ignore[arg-type]
 
     def compute(x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -150,7 +151,7 @@ def pack_layers(network: nn.Module) -> None:
     """Replace a network's linear layers and convolutions by packed ones, in place."""
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) >= FEWEST:
+            if (type(layer) is nn.Linear or type(layer) is nn.Conv2d) and len(layer.weight) >= FEWEST:
                 setattr(parent, name, Packed(layer))
 
 

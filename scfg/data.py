@@ -6,7 +6,7 @@ is checked against its annotation.
 
 import importlib
 import math
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -46,7 +46,7 @@ SLOTS = {  # the classes that may fill a field whose annotation names none
 RECIPES = {"official": OFFICIAL, "conditional": CONDITIONAL, "paper": PAPER}
 
 
-def class_of(name: str) -> Any:
+def class_of(name: str) -> type[Any]:
     return getattr(importlib.import_module(f".{CLASSES[name]}", __package__), name)
 
 
@@ -141,10 +141,9 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is Recipe:
         return RECIPES[value] if isinstance(value, str) and value in RECIPES else made(value, ("Recipe",), where)
-    name = getattr(hint, "__name__", "")
-    if name in CLASSES:
-        return made(value, (name,), where)
-    if name == "Area" and isinstance(value, str):
+    if isinstance(hint, type) and is_dataclass(hint) and hint.__name__ in CLASSES:
+        return made(value, (hint.__name__,), where)
+    if getattr(hint, "__name__", "") == "Area" and isinstance(value, str):
         from .regional import parse_area
 
         return parse_area(value)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .guidance import Guidance, Outputs, Row
 from .schedule import Moment, Schedule
 from .segment import Recipe, Regions
+from .text import Conditioner
 from .unet import Capture, Maps
 
 Network = Callable[..., tuple[Tensor, dict[str, Any]]]  # UNet.forward's signature; a wing may wrap it
@@ -44,7 +45,7 @@ class Denoiser:
 
     network: Network
     schedule: Schedule
-    prompt: Any  # a Conditioner, or a wing's: whatever has its layout and its condition()
+    prompt: Conditioner  # or a wing's: whatever has its layout and its condition()
     guidance: Guidance
     dtype: torch.dtype = torch.float32  # the network's
     segment: Recipe | None = None  # reads regions at every step; None: the rule's recipe does, on guided steps
@@ -65,8 +66,9 @@ class Denoiser:
             if recipe.foreground == "uncond" and uncond is not None and zeros is not None:
                 flags[ZEROS] = zeros
 
-        difference: Any = None if uncond is None else cond - uncond
-        outputs = Outputs(x, cond, uncond, perturbed, difference, now.to_x0(x, cond), now.dx0_dout)
+        difference = None if uncond is None else cond - uncond
+        x0 = now.to_x0(x, cond)
+        outputs = Outputs(x, cond, uncond, perturbed, difference, x0, now.dx0_dout)  # type: ignore[arg-type]
         guided = self.guidance.combine(outputs, regions, now, previous.state if previous else None)
 
         counts = dict(previous.flags) if previous else {}
@@ -80,21 +82,22 @@ class Denoiser:
         """What the network computes for the rows; those of one attention function share a call."""
         scaled, t = (x / math.sqrt(now.sigma**2 + 1)).to(self.dtype), x.new_full((len(x),), now.t)
         pixels = math.prod(math.ceil(side / self.map_divisor) for side in x.shape[-2:]) if recipe else 0
-        found = Evaluated({}, {}, {}, {})
+        out, completed, maps = {}, {}, {}
+        flags: dict[str, Tensor] = {}
         for attend in dict.fromkeys(row.attend for row in rows):
             group = [row for row in rows if row.attend == attend]
             conditioning = self.prompt.condition(group, now, previous, x.shape)
             capture = None if attend else self.wanted(recipe, pixels)
             output, captured = self.network(scaled, t, conditioning, capture=capture, attend=attend)
-            found.flags.update(conditioning.flags)
+            flags |= conditioning.flags
             if self.capture and not attend:
-                found.maps.update({name: self.capture.make(block) for name, block in captured.items()})
+                maps = {name: self.capture.make(block) for name, block in captured.items()}
                 small = {name: block for name, block in captured.items() if math.prod(block.size) <= pixels}
                 captured = {name: recipe.complete(block) for name, block in small.items()} if recipe else {}
             for i, row in enumerate(group):
-                found.out[row.name] = output.chunk(len(group))[i].to(x.dtype)
-                found.completed[row.name] = [block.chunk(len(group))[i] for block in captured.values()]
-        return found
+                out[row.name] = output.chunk(len(group))[i].to(x.dtype)
+                completed[row.name] = [block.chunk(len(group))[i] for block in captured.values()]
+        return Evaluated(out, completed, maps, flags)
 
     def wanted(self, recipe: Recipe | None, pixels: int) -> Capture | None:
         """What the network captures: raw maps if the caller asked for maps, else the recipe's completed maps."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
 from .segment import OFFICIAL, Recipe
-from .text import Prompt, Text, Texts, paired_texts, prompt_of
+from .text import Prompt, PromptLike, Text, Texts, paired_texts, prompt_of
 from .unet import Capture, Conditioning, UNet
 from .vae import VAE
 
@@ -83,11 +83,11 @@ class Diffusion:
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return self.unet.get_parameter("out.2.weight").device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
+        return self.unet.get_parameter("out.2.weight").dtype
 
     @torch.no_grad()
     def prompt(self, text: Texts, negative: Texts | None = None, layer_from_end: int | None = None) -> Prompt:
@@ -105,35 +105,34 @@ class Diffusion:
     def towers(self) -> Text:
         """The text towers; raises BadInput where the checkpoint has none."""
         if self.text is None:
-            raise BadInput(
-                f"this {self.config.name} checkpoint has no text tower: use one that has, or Prompt(context=...)"
-            )
+            what = f"this {self.config.name} checkpoint has no text tower"
+            raise BadInput(f"{what}: use one that has, or Prompt(context=...)")
         return self.text
 
     def denoiser(
         self,
-        prompt: Any,
+        prompt: PromptLike | Texts,
         guidance: Guidance | Rule | None = None,
         segment: Recipe | None = None,
         capture: Capture | None = None,
     ) -> Denoiser:
         """The method itself, (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
-        prompt: a Prompt, what stands for one (RegionalPrompt), or texts as they are; that of one picture serves any
-        batch. guidance: by default S-CFG at the family's scale. segment: read regions by this recipe at every step, in
-        place of the rule's own. capture: maps to return in Denoised.maps.
+        prompt: encoded, or texts as they are; that of one picture serves any batch. guidance: by default S-CFG at the
+        family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
+        to return in Denoised.maps.
         """
-        prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
-        if not isinstance(guidance, Guidance):
-            guidance = Guidance(scale=guidance or named_rule("scfg", self.config.scale, self.config))
+        prompt = self.prompt(prompt) if isinstance(prompt, Sequence) else prompt
+        guidance = named_rule("scfg", self.config.scale, self.config) if guidance is None else guidance
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
         for layer in layers:
             if not any(f"{name}.".startswith(f"{layer}.") for name in names):
                 raise BadInput(f"no transformer block is in {layer!r}: UNet.transformer_names() lists where they are")
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
-        config = self.config
-        prompt = prompt.conditioner(config, self.device, self.dtype)
-        return Denoiser(self.unet, config.schedule, prompt, guidance, self.dtype, segment, config.map_divisor, capture)
+        conditioner = prompt.conditioner(self.config, self.device, self.dtype)
+        schedule, divisor = self.config.schedule, self.config.map_divisor
+        return Denoiser(self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture)
 
     def spacing(self, sampler: str | Sampler) -> Spacing:
         """The noise levels native to the family, or else usual for the sampler."""
@@ -163,7 +162,7 @@ class Diffusion:
 
     def sample(
         self,
-        prompt: Any,
+        prompt: PromptLike | Texts,
         guidance: Guidance | Rule | None = None,
         *,
         sampler: str | Sampler = "dpmpp_2m",
@@ -179,7 +178,7 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        prompt = self.prompt(prompt) if isinstance(prompt, str | list | tuple) else prompt
+        prompt = self.prompt(prompt) if isinstance(prompt, Sequence) else prompt
         batch = prompt.pictures if latent is None else len(latent)
         seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
         if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
@@ -194,9 +193,8 @@ class Diffusion:
         noise = self.noise(seeds, size or self.config.size)
         first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
-        return run(
-            self.denoiser(prompt, guidance), sampler, start * math.sqrt(max(sigmas, default=0) ** 2 + 1), sigmas, noise
-        )
+        x = start * math.sqrt(max(sigmas, default=0) ** 2 + 1)
+        return run(self.denoiser(prompt, guidance), sampler, x, sigmas, noise)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
@@ -252,7 +250,7 @@ def seems_to_predict(unet: UNet) -> Prediction:
     of the input.
     """
     fixed, channels = torch.Generator().manual_seed(0), unet.config.in_channels
-    x = torch.randn(1, channels, 32, 32, generator=fixed).to(next(unet.parameters()))
+    x = torch.randn(1, channels, 32, 32, generator=fixed).to(unet.get_parameter("out.2.weight"))
     out, _ = unet(x, x.new_full((1,), 999), Conditioning(x.new_zeros(1, 77, unet.config.context_dim)))
     return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
 
@@ -280,8 +278,8 @@ def load(
     if prediction not in (None, "eps", "v"):
         raise BadInput(f"prediction is eps or v, not {prediction!r}")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    others = Path(tokenizer) if tokenizer else None, Path(vae) if vae else None
-    config, unet, first_stage, text = load_parts(Path(path or embedded_checkpoint()), *others, dtype)
+    files = Path(path or embedded_checkpoint()), Path(tokenizer) if tokenizer else None, Path(vae) if vae else None
+    config, unet, first_stage, text = load_parts(*files, dtype)
     unet, first_stage = unet.to(device), first_stage.to(device)
     text = text if offload or text is None else text.to(device)
     if config.vae.overflows and dtype == torch.float16:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .config import Config
 from .errors import BadInput
 from .schedule import Moment
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe, Regions, blur
-from .unet import Attend
+from .unet import Attend, Site
 
 
 class Outputs(NamedTuple):
@@ -23,9 +23,8 @@ class Outputs(NamedTuple):
     cond: Tensor  # (b c h w) the conditional row's output
     uncond: Tensor | None  # (b c h w); None where this step is not guided
     perturbed: Tensor | None  # (b c h w) the output under the perturb slot's attention, where there is one
-    # (b c h w) cond - uncond; for rules, what the direction slot makes of it. None where this step is not guided, which
-    # no rule is asked about
-    difference: Tensor
+    # for rules, what the direction slot makes of it
+    difference: Tensor  # (b c h w) cond - uncond; None on an unguided step, of which no rule is asked
     x0: Tensor  # (b c h w) the clean latent that cond stands for
     dx0_dout: float  # d x0 / d output, a number
 
@@ -50,7 +49,7 @@ class Guided(NamedTuple):
 
 # A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Two attributes are optional: `recipe`, by which
 # its regions are read (without it they are None), and `flags(regions, moment) -> {message: (b|1) bool}`.
-Rule = Callable[[Outputs, Any, Moment], Tensor | float]
+Rule = Callable[[Outputs, Any, Moment], Tensor | float]  # Any: Regions, or None for a rule without a recipe
 
 
 @dataclass(frozen=True)
@@ -143,17 +142,29 @@ def named_rule(name: str, scale: float, config: Config) -> CFG | SCFG:
     return rule
 
 
+class Perturb(Protocol):
+    """An extra row: the conditional text under another attention function; guidance pushes away from it."""
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    # where it acts: names of transformer blocks or of what they are in, "middle_block"
+    def layers(self) -> tuple[str, ...]: ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Named slots that act on the network's outputs.
 
     With d the difference, guided = cond + strength * ((scale - 1) * d + perturb.scale * (cond - perturbed)), rescaled.
     direction(outputs, moment, state) -> (d, state) takes the place of cond - uncond; scale is a rule, which is given d;
-    perturb adds a row, the conditional text under another attention function, and guides away from it;
     rescale(guided, cond) comes last; when(moment) is the strength: where it is 0 only the conditional row is evaluated.
     """
 
-    perturb: Any = None  # such as PAG: scale; layers, where it acts; attend, an attention function
+    perturb: Perturb | None = None
     direction: Callable[[Outputs, Moment, Any], tuple[Tensor, Any]] | None = None
     scale: Rule
     rescale: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -166,9 +177,8 @@ class Guidance:
                 such = "such as CFG(7.5), " if name == "scale" else ""
                 raise BadInput(f"Guidance.{name} must be callable, {such}not {slot!r}")
         if self.perturb is not None and not hasattr(self.perturb, "attend"):
-            raise BadInput(
-                f"Guidance.perturb must have scale, layers and attend, such as PAG(3.0), not {self.perturb!r}"
-            )
+            such = "scale, layers and attend, such as PAG(3.0)"
+            raise BadInput(f"Guidance.perturb must have {such}, not {self.perturb!r}")
 
     @property
     def recipe(self) -> Recipe | None:
@@ -212,11 +222,8 @@ class Guidance:
 
 def checked(scale: Tensor | float, one: Tensor) -> Tensor | float:
     """Return a rule's scale; raise BadInput unless it is a number or a map that fits `one` (b 1 h w)."""
-    if isinstance(scale, Tensor) and scale.ndim in (0, 4):
-        fits = all(n in (1, m) for n, m in zip(scale.shape, one.shape))
-    else:
-        fits = isinstance(scale, Real)
-    if fits:
+    shape = tuple(scale.shape) if isinstance(scale, Tensor) else None
+    is_map = shape is not None and len(shape) in (0, 4) and all(n in (1, m) for n, m in zip(shape, one.shape))
+    if isinstance(scale, Real) or is_map:
         return scale
-    what = tuple(scale.shape) if isinstance(scale, Tensor) else repr(scale)
-    raise BadInput(f"a rule gives a number or a scale map of {tuple(one.shape)}, not {what}")
+    raise BadInput(f"a rule gives a number or a scale map of {tuple(one.shape)}, not {shape or repr(scale)}")

@@ -60,17 +60,15 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> 
 def dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, eta: float = 1.0) -> Steps:
     """SDE-DPM-Solver++(2M) (2211.01095, section 5; midpoint); first order in the first and the last step."""
     result: Any = None
-    before = sigmas[0]  # the sigma of the previous step
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         previous, result = result, denoise(x, sigma, result)
         x0 = result.x0
         if previous is not None and i < len(sigmas) - 2:
-            ratio = math.log(before / sigma) / math.log(sigma / target)  # h_last / h, h in log(1 / sigma)
+            ratio = math.log(sigmas[i - 1] / sigma) / math.log(sigma / target)  # h_last / h, h in log(1 / sigma)
             x0 = x0 + (x0 - previous.x0) / (2 * ratio)
         x = x0 + (x - x0) * (target / sigma) ** (1 + eta)
         if eta and target:
             x = x + target * math.sqrt(1 - (target / sigma) ** (2 * eta)) * noise()
-        before = sigma
         x = changed(x, (yield x, result))
 
 
@@ -83,7 +81,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
     """UniPC of order 2 (2302.04867, B2): DPM-Solver++(2M) whose every step is corrected by the evaluation at its end,
     unless the caller changed what it came to."""
     result: Any = None
-    before, sent, start = sigmas[0], None, x  # before: the sigma of the previous step
+    sent, start = None, x
     q, bend, a, c = 1.0, 0.0, 0.0, 1 / 2
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         previous, result = result, denoise(x, sigma, result)
@@ -92,11 +90,11 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
             x = q * start + (1 - q) * (previous.x0 + a * bend + c * (x0 - previous.x0))
         start, q, bend, a, c = x, target / sigma, 0.0, 0.0, 1 / 2
         if previous is not None and i < len(sigmas) - 2:
-            h, r = -math.log(q), math.log(before / sigma) / math.log(q)  # in log(1 / sigma); r = -h_last / h
+            h, r = -math.log(q), math.log(sigmas[i - 1] / sigma) / math.log(q)  # in log(1 / sigma); r = -h_last / h
             b1, b2 = 1 / (1 - q) - 1 / h, (1 - 2 * (1 - (1 - q) / h) / h) / (1 - q)
             bend, a = (previous.x0 - x0) / r, (b1 - b2) / (1 - r)
             c = b1 - a
-        x, before = q * x + (1 - q) * (x0 + bend / 2), sigma
+        x = q * x + (1 - q) * (x0 + bend / 2)
         sent = yield x, result
         x = changed(x, sent)
 

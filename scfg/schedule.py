@@ -74,13 +74,12 @@ class Schedule:
         if spacing == "karras":  # Karras et al. 2022 (2206.00364), eq. 5 with rho = 7
             ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
             return [*(ramp**7).tolist(), 0.0]
+        drop = int(drop_lowest and steps < self.timesteps)
         if spacing == "leading":  # the offset of one has no room where every timestep is a step
-            drop = int(drop_lowest and steps < self.timesteps)
             index = np.arange(drop, steps + drop) * (self.timesteps // (steps + drop))
             index = (index + (steps + drop < self.timesteps))[::-1]
             return [*self.sigmas[index].tolist(), 0.0 if to_zero or steps == self.timesteps else float(self.sigmas[0])]
         if spacing == "linspace":
-            drop = int(drop_lowest and steps < self.timesteps)
             t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]
             t = t.round() if rounded else t
         elif spacing == "trailing":

@@ -1,7 +1,7 @@
 """Attention maps -> regions of the picture being formed (S-CFG, arXiv 2404.05384, section 3.2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -92,25 +92,23 @@ class Recipe:
         identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
         size = max([layer.shape[-2:] for layer in cond], key=math.prod)
-        sources = uncond if uncond is not None and self.foreground == "uncond" else cond
-        both = sources is not cond
-        scores = cond[0].new_zeros(*cond[0].shape[:2], *size)
-        attention = scores.new_zeros(len(scores), 2, *size)  # of the start token and of all others
-        for layer, source in zip(cond, sources):
-            rows = torch.cat([layer, source]) if both else layer
+        uncond = uncond if self.foreground == "uncond" else None
+        scores = attention = torch.zeros(())  # sums over layers
+        for i, layer in enumerate(cond):
+            rows = layer if uncond is None else torch.cat([layer, uncond[i]])
             rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
             rows = blur(rows) if self.smooth else rows
-            layer, source = rows.chunk(2) if both else (rows, rows)  # source: of the foreground
+            layer, source = (rows, rows) if uncond is None else rows.chunk(2)  # source: of the foreground
             total = layer.mean((-2, -1), keepdim=True) + 1e-8
             if self.normalise == "sum":
                 total = layer.sum((-2, -1), keepdim=True).clamp_min(LEAST)
             scores = scores + layer / total / len(cond)
             if self.foreground != "assigned":
-                if both and tokens.zero_uncond is not None:
+                if uncond is not None and tokens.zero_uncond is not None:
                     source = torch.where(tokens.zero_uncond[:, None, None, None], layer, source)
                 by_place = rearrange(source, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
                 sums = torch.stack([by_place[:, 0].sum(1), by_place[:, 1:].sum((1, 2))], 1)
-                attention = attention + relative(sums)
+                attention = attention + relative(sums)  # of the start token and of all others
         counts = scores.new_ones(scores.shape[1], 1, 1)
         counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
         scores = scores * counts
@@ -127,7 +125,7 @@ CONDITIONAL = replace(OFFICIAL, foreground="cond")
 PAPER = Recipe(powers=(1 / 4,) * 4, smooth=False, normalise="sum", ties=False, foreground="assigned")
 
 
-def segment_maps(maps: Sequence[Maps], recipe: Recipe = OFFICIAL) -> Regions:
+def segment_maps(maps: Iterable[Maps], recipe: Recipe = OFFICIAL) -> Regions:
     """Maps of the captured blocks, rows [uncond; cond] -> Regions of the conditional rows."""
     uncond, cond = zip(*(recipe.complete(block).chunk(2) for block in maps))
     return recipe.assign(cond, uncond, Tokens(chunk=cond[0].shape[1]))

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,18 @@ from .segment import Tokens, Word
 from .unet import Conditioning, timestep_embedding
 
 Texts = str | Sequence[str]
+
+
+class PromptLike(Protocol):
+    """What a run is conditioned on: a Prompt, or a wing's, such as RegionalPrompt."""
+
+    @property
+    def pictures(self) -> int: ...
+
+    @property
+    def needs_regions(self) -> bool: ...
+
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,7 @@ class Text(nn.Module):
 
     def __init__(self, towers: Sequence[TextConfig], tokenizer: CLIPTokenizer | None = None, known: Sequence[str] = ()):
         super().__init__()
+        # a ModuleList does not say what it holds
         self.towers: Sequence[Tower] = nn.ModuleList(map(Tower, towers))  # type: ignore[assignment]
         self.tokenizer = tokenizer  # None: CLIP's own, looked for when first needed
         self.known_words = frozenset(known)  # words that the model was trained on; empty: no check
@@ -208,7 +221,8 @@ class Text(nn.Module):
 
     def tokenize(self, text: str) -> tuple[list[int], tuple[Word, ...]]:
         """A text's token numbers from start to end, and its words; raises BadInput if it is longer than one chunk."""
-        tokenizer, ids, words = self.checked_tokenizer(), list[int](), list[Word]()
+        tokenizer, words = self.checked_tokenizer(), []
+        ids: list[int] = []
         for word, own in self.split(text):
             words.append(Word(word, 1 + len(ids), 1 + len(ids) + len(own)))  # token 0 is the start token
             ids += own

@@ -233,7 +233,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Captured]:
-        size, captured = (x.shape[-2], x.shape[-1]), Captured()
+        size = x.shape[-2], x.shape[-1]
+        captured: Captured = {}
         bias = call.conditioning.bias(size)
         h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         h = rearrange(h, "b c h w -> b (h w) c")
@@ -256,7 +257,7 @@ class Block(nn.ModuleList):
         self, x: Tensor, embedding: Tensor, call: Call, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Captured]:
         """size: that of the next skip, the target of an upsampling at the end; it may be odd."""
-        captured = Captured()
+        captured: Captured = {}
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)
@@ -339,7 +340,8 @@ class UNet(nn.Module):
         if (conditioning.vector is None) == bool(self.config.vector_dim):
             raise BadInput(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its tokens")
         call = Call(conditioning, capture or Capture(), attend, inject)
-        rows, captured, skips = len(conditioning.tokens), Captured(), list[Tensor]()
+        rows, skips = len(conditioning.tokens), []
+        captured: Captured = {}
         embedding = expand(self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
         if conditioning.vector is not None:
             embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
@@ -350,9 +352,8 @@ class UNet(nn.Module):
         x, of_block = self.middle_block(x, embedding, call)
         captured |= of_block
         if residuals:
-            *to_skips, to_middle = residuals
-            x = x + to_middle
-            skips = [expand(skip, len(more)) + more for skip, more in zip(skips, to_skips, strict=True)]
+            skips = [expand(skip, len(more)) + more for skip, more in zip(skips, residuals[:-1], strict=True)]
+            x = x + residuals[-1]
         for block in self.output_blocks:
             skip = skips.pop()
             x = torch.cat([x, skip if len(skip) == len(x) else expand(skip, len(x))], dim=1)

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import NoReturn, get_args
 
 import torch
 
@@ -29,7 +29,8 @@ SAMPLER_NAMES = {  # as Stable Diffusion tools call them
     "ddim": "DDIM",
     "euler_cfg_pp": "Euler CFG++",
 }
-DIRECTIONS: dict[str | None, Any] = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
+Direction = APG | OptimizedScale | TCFG | FDG
+DIRECTIONS: dict[str, Direction] = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
 SLOTS = ("scale", "direction", "pag", "seg", "rescale", "interval", "ramp")  # options that a whole guidance replaces
 NATIVE = "; ".join(
     f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"

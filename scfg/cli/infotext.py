@@ -68,7 +68,8 @@ def read(text: str) -> Infotext:
     prompts = listed(facts.pop("Prompts")) if "Prompts" in facts else prompts
     if len(prompts) != 2:
         raise BadInput("its prompts are not two texts")
-    return Infotext(prompts[0], prompts[1], facts)
+    prompt, negative = prompts
+    return Infotext(prompt, negative, facts)
 
 
 def read_picture(path: Path) -> Infotext:

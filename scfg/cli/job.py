@@ -148,11 +148,12 @@ def in_short(args: argparse.Namespace) -> str:
 def rule_in_short(rule: Rule) -> str:
     """A named rule by its name and scale, whatever its fallback; others as they print."""
     rule = rule.base if isinstance(rule, ByRegion) else rule
-    plain = replace(rule, min_contrast=0.0) if isinstance(rule, SCFG) else rule
-    if not isinstance(rule, CFG | SCFG):
-        return str(rule)
-    name = next((name for name, make in RULES.items() if make(rule.gamma) == plain), str(rule))
-    return f"{name} at scale {rule.gamma:g}"
+    if isinstance(rule, CFG | SCFG):
+        plain = replace(rule, min_contrast=0.0) if isinstance(rule, SCFG) else rule
+        for name, make in RULES.items():
+            if make(rule.gamma) == plain:
+                return f"{name} at scale {rule.gamma:g}"
+    return str(rule)
 
 
 def summary(args: argparse.Namespace, model: Diffusion) -> str:

@@ -61,7 +61,8 @@ def region(text: str) -> RegionOption:
     def wrong(what: str) -> argparse.ArgumentTypeError:
         return argparse.ArgumentTypeError(f"{text!r}{what}, as in {EXAMPLE}")
 
-    description = "".join(DESCRIPTION.findall(text)[:1])
+    matched = DESCRIPTION.match(text)
+    description = matched[0] if matched else ""
     options = text[len(description) + 1 :]
     options, prompt = [*re.split(r"(?:^|,)\s*prompt=", options, maxsplit=1), ""][:2]
     late = re.search(rf",\s*({'|'.join(OPTIONS)})\s*=", prompt)

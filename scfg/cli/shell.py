@@ -15,7 +15,7 @@ from ..errors import BadInput
 def reporting_errors(program: str) -> Iterator[None]:
     """Warnings go above the progress bar; errors become one line and exit status 2, an interrupt exit status 130."""
     for stream in (sys.stdout, sys.stderr):  # a prompt may hold letters that a terminal lacks
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # only in TextIOWrapper
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
     try:
         yield

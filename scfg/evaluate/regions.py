@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..diffusion import Diffusion
+from ..errors import BadInput
 from ..flatland import COLOURS, UNSEEN_KINDS, Scene, compose
 from ..guidance import Rule, named_rule
 from ..regional import Area, ByRegion, Part, Region, RegionalPrompt, mask, words
@@ -53,7 +54,8 @@ def in_batches(made: Sequence[Made], what: str) -> Iterator[Sequence[Made]]:
 
 def wholly_right(model: Diffusion, judge: Judge, count: int) -> tuple[list[Made], Share]:
     """Scenes of two kinds of things whose pictures are wholly right, and the share of those painted that are."""
-    found, tried = list[Made](), 0
+    found: list[Made] = []
+    tried = 0
     scenes = (
         scene
         for scene in map(compose, from_(HELD_OUT))
@@ -74,16 +76,16 @@ class OfEach(Area):
 
     areas: tuple[Area, ...]
 
-    @property
-    def needs_regions(self) -> bool:
-        return True
+    needs_regions = True
 
-    def of(self, regions: Regions) -> Tensor:
-        found = []
+    def of(self, regions: Regions | None) -> Tensor:
+        if regions is None:
+            raise BadInput("words have areas only where regions were read")
+        values = []
         for i, area in enumerate(self.areas):
             tokens, foreground, scores = (values[i : i + 1] for values in regions[:3])
-            found.append(area.of(Regions(tokens, foreground, scores, regions.words[i : i + 1])))
-        return torch.cat(found)
+            values.append(area.of(Regions(tokens, foreground, scores, regions.words[i : i + 1])))
+        return torch.cat(values)
 
     def __str__(self) -> str:
         return "a word of each picture"

@@ -90,8 +90,8 @@ def ious(model: Diffusion, scenes: Sequence[Scene], t: int) -> dict[str, np.ndar
         )
         prompt = model.prompt([scene.caption for scene in some])
         denoiser = model.denoiser(prompt, CFG(1.0), capture=Capture(math.prod(clean.shape[-2:])))
-        maps = denoiser(clean + sigma * noise.to(clean.device), sigma).maps
-        regions = {name: segment_maps([*maps.values()], recipe) for name, recipe in rules.items()}
+        maps = denoiser(clean + sigma * noise.to(clean.device), sigma).maps.values()
+        regions = {name: segment_maps(maps, recipe) for name, recipe in rules.items()}
         for i, (scene, truth) in enumerate(zip(some, truths)):
             own = {
                 name: Regions(r.tokens[i].cpu(), r.foreground[i].cpu(), r.scores[i].cpu())

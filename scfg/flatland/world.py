@@ -235,19 +235,17 @@ def draw(rng: np.random.Generator, seed: int) -> Scene:
     """Any scene, the next of this generator."""
     background = str(rng.choice(list(BACKGROUNDS)))
     kinds = [(name, colour) for name in OBJECTS for colour in COLOURS]
-    chosen = [kinds[i] for i in rng.choice(len(kinds), 2, replace=False)]
+    first, second = (kinds[int(i)] for i in rng.choice(len(kinds), 2, replace=False))
     if rng.random() < SINGLE_SHARE:
         x, y = rng.uniform(*SINGLE_CENTRE, 2).tolist()
-        name, colour = chosen[0]
-        return Scene((Thing(name, colour, x, y, rng.uniform(*SINGLE_RADIUS)),), None, background, seed)
+        return Scene((Thing(*first, x, y, rng.uniform(*SINGLE_RADIUS)),), None, background, seed)
     relation = str(rng.choice(RELATIONS))
     along, across = rng.uniform(-1, 1, (2, 2)) * np.array(PAIR_JITTER)[:, None] + np.array([PAIR_CENTRES, (0.5, 0.5)])
     if relation in ("right of", "below"):
         along = along[::-1]
     xs, ys = (along, across) if relation in ("left of", "right of") else (across, along)
     radii = rng.uniform(*PAIR_RADIUS, 2)
-    places = zip(chosen, xs, ys, radii)
-    things = (Thing(name, colour, float(x), float(y), float(r)) for (name, colour), x, y, r in places)
+    things = (Thing(*kind, float(x), float(y), float(r)) for kind, x, y, r in zip((first, second), xs, ys, radii))
     return Scene(tuple(things), relation, background, seed)
 
 
@@ -288,7 +286,7 @@ def paints(colour: str) -> dict[str, RGB]:
     """Every paint of an icon in this colour, by the names used in ICONS."""
     body = np.array(COLOURS[colour])
     tones = {"body": body, "dark": body * 0.68, "light": body * 0.4 + 153, "outline": body * 0.25}
-    return NEUTRALS | {name: (int(tone[0]), int(tone[1]), int(tone[2])) for name, tone in tones.items()}
+    return NEUTRALS | {name: (int(r), int(g), int(b)) for name, (r, g, b) in tones.items()}
 
 
 def draw_thing(thing: Thing, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:

@@ -4,7 +4,7 @@ import gzip
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
@@ -18,11 +18,16 @@ HUB_TOKENIZER = "openai/clip-vit-large-patch14"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+def vocabulary(merges: Iterable[Sequence[str]]) -> dict[str, int]:
     """CLIP's numbering: 256 bytes, the same ending a word, a token for every merge, start, end."""
     letters = sorted(ByteLevel.alphabet())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges] + [START, END]
     return {token: i for i, token in enumerate(tokens)}
+
+
+def clip_tokenizer(vocab: dict[str, int], merges: Iterable[Sequence[str]]) -> CLIPTokenizer:
+    # transformers annotates merges as text and takes pairs
+    return CLIPTokenizer(vocab=vocab, merges=list(map(tuple, merges)))  # type: ignore[arg-type]
 
 
 def read_tokenizer(path: str | Path) -> CLIPTokenizer:
@@ -33,14 +38,12 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
             read = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             # without its padding token, which would be split off any text: SD 2.x's is "!"
             bpe = json.loads(read.backend_tokenizer.to_str())["model"]
-            merges = [(first, second) for first, second in bpe["merges"]]
-            return CLIPTokenizer(vocab=bpe["vocab"], merges=merges)  # type: ignore[arg-type]
+            return clip_tokenizer(bpe["vocab"], bpe["merges"])
         if path.is_file() and path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")
-            pairs = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file has more than CLIP uses
-            merges = [(first, second) for first, second in pairs]
-            return CLIPTokenizer(vocab=vocabulary(merges), merges=merges)  # type: ignore[arg-type]
+            merges = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file has more than CLIP uses
+            return clip_tokenizer(vocabulary(merges), merges)
     except Exception as error:  # a damaged file fails in as many ways as the libraries below have parts
         reason = str(error).split("\n")[0]
     raise BadInput(

@@ -36,7 +36,7 @@ def bands(x: Tensor, upsample: Upsample | None, rows: int) -> Iterator[Band]:
 
 def affine(norm: nn.GroupNorm, parts: Iterable[Band]) -> tuple[Tensor, Tensor]:
     """What the norm multiplies a channel by and what it then adds, (b c 1 1) each, from all bands of its input."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # sums over bands
     for band in parts:
         groups = rearrange(band.x[:, :, band.own].float(), "b (g c) h w -> b g (c h w)", g=norm.num_groups)
         variance, mean = (moment.double() for moment in torch.var_mean(groups, -1, correction=0))
@@ -78,7 +78,7 @@ def decode_in_bands(vae: VAE, latent: Tensor, rows: int = 32) -> Tensor:
     decoder = vae.decoder
     h, upsample = decoder.mid(decoder.conv_in(vae.post_quant_conv(latent))), None
     for level in reversed(decoder.up):
-        for block in level.block:  # type: ignore[union-attr]
+        for block in level.block:  # type: ignore[union-attr]  # a ModuleList does not say what it holds
             h, upsample = block_in_bands(block, h, upsample, rows), None  # type: ignore[arg-type]
         upsample = level.upsample
     scale, shift = affine(decoder.norm_out, bands(h, None, rows))

@@ -45,7 +45,7 @@ class Product:
         return self.first(outputs, regions, moment) * self.second(outputs, regions, moment)
 
     def flags(self, regions: Regions | None, moment: Moment) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        flags: dict[str, Tensor] = {}
         for rule in (self.first, self.second):
-            found |= rule.flags(regions, moment) if hasattr(rule, "flags") else {}
-        return found
+            flags |= rule.flags(regions, moment) if hasattr(rule, "flags") else {}
+        return flags

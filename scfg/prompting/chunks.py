@@ -42,7 +42,9 @@ def tokenize(text: Text, prompt: str) -> Tokenized:
     See `parse_weights` for brackets. BREAK begins a chunk, and so does a word for which there is no room, with what
     follows the last comma if that is short.
     """
-    chunks, names, room = [list[Token]()], list[str](), text.length - 2
+    chunks: list[list[Token]] = [[]]
+    names: list[str] = []
+    room = text.length - 2
     for piece, weight in parse_weights(prompt):
         for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
             chunks += [[]] * (i > 0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,9 +43,10 @@ class Area:
 
     @property
     def needs_regions(self) -> bool:
+        """Whether it changes from step to step."""
         return False
 
-    def of(self, regions: Any) -> Tensor:
+    def of(self, regions: Regions | None) -> Tensor:
         """(b|1 1 h w), on any grid."""
         raise NotImplementedError
 
@@ -77,7 +78,9 @@ class Area:
 
 
 @dataclass(frozen=True, repr=False)
-class Union(Area):
+class Combined(Area):
+    """Several areas as one."""
+
     areas: tuple[Area, ...]
 
     @property
@@ -88,7 +91,10 @@ class Union(Area):
     def needs_regions(self) -> bool:
         return any(area.needs_regions for area in self.areas)
 
-    def of(self, regions: Any) -> Tensor:
+
+@dataclass(frozen=True, repr=False)
+class Union(Combined):
+    def of(self, regions: Regions | None) -> Tensor:
         return reduce(torch.maximum, on_one_grid([area.of(regions) for area in self.areas]))
 
     def __str__(self) -> str:
@@ -96,18 +102,8 @@ class Union(Area):
 
 
 @dataclass(frozen=True, repr=False)
-class Intersection(Area):
-    areas: tuple[Area, ...]
-
-    @property
-    def phrases(self) -> tuple[str, ...]:
-        return tuple(phrase for area in self.areas for phrase in area.phrases)
-
-    @property
-    def needs_regions(self) -> bool:
-        return any(area.needs_regions for area in self.areas)
-
-    def of(self, regions: Any) -> Tensor:
+class Intersection(Combined):
+    def of(self, regions: Regions | None) -> Tensor:
         return reduce(torch.minimum, on_one_grid([area.of(regions) for area in self.areas]))
 
     def __str__(self) -> str:
@@ -115,7 +111,9 @@ class Intersection(Area):
 
 
 @dataclass(frozen=True, repr=False)
-class Complement(Area):
+class Derived(Area):
+    """Made from one other area."""
+
     area: Area
 
     @property
@@ -126,7 +124,10 @@ class Complement(Area):
     def needs_regions(self) -> bool:
         return self.area.needs_regions
 
-    def of(self, regions: Any) -> Tensor:
+
+@dataclass(frozen=True, repr=False)
+class Complement(Derived):
+    def of(self, regions: Regions | None) -> Tensor:
         return 1 - self.area.of(regions)
 
     def __str__(self) -> str:
@@ -134,17 +135,8 @@ class Complement(Area):
 
 
 @dataclass(frozen=True, repr=False)
-class Feathered(Area):
-    area: Area
+class Feathered(Derived):
     times: int
-
-    @property
-    def phrases(self) -> tuple[str, ...]:
-        return self.area.phrases
-
-    @property
-    def needs_regions(self) -> bool:
-        return self.area.needs_regions
 
     @cached_property
     def fixed(self) -> Tensor:
@@ -154,7 +146,7 @@ class Feathered(Area):
     def blurred(self, values: Tensor) -> Tensor:
         return reduce(lambda area, _: blur(area), range(self.times), values)
 
-    def of(self, regions: Any) -> Tensor:
+    def of(self, regions: Regions | None) -> Tensor:
         return self.blurred(self.area.of(regions)) if self.needs_regions else on_device(self.fixed, regions)
 
     def __str__(self) -> str:
@@ -165,11 +157,11 @@ class Feathered(Area):
 class Foreground(Area):
     """The pixels that the segmentation takes for the foreground."""
 
-    @property
-    def needs_regions(self) -> bool:
-        return True
+    needs_regions = True
 
-    def of(self, regions: Any) -> Tensor:
+    def of(self, regions: Regions | None) -> Tensor:
+        if regions is None:
+            raise BadInput("the foreground is known only where regions were read")
         return regions.foreground
 
     def __str__(self) -> str:
@@ -188,16 +180,14 @@ class Words(Area):
     soft: bool = False
     against_all: bool = False
 
-    @property
-    def needs_regions(self) -> bool:
-        return True
+    needs_regions = True
 
     @property
     def phrases(self) -> tuple[str, ...]:
         return (self.phrase,)
 
-    def of(self, regions: Any) -> Tensor:
-        if not regions.words:
+    def of(self, regions: Regions | None) -> Tensor:
+        if regions is None or not regions.words:
             what = f"the area of {self.phrase!r} needs a prompt that knows its words"
             raise BadInput(f"{what}, as Diffusion.prompt makes it")
         return torch.stack([self.among(*one) for one in zip(regions.scores, regions.words)])[:, None]
@@ -229,7 +219,7 @@ class Mask(Area):
     path: str | None
     values: Tensor  # (b|1 1 h w), 0 to 1
 
-    def of(self, regions: Any) -> Tensor:
+    def of(self, regions: Regions | None) -> Tensor:
         return on_device(self.values, regions)
 
     def __eq__(self, other: object) -> bool:
