@@ -29,7 +29,7 @@ def test_the_step_that_it_quotes_is_the_one_in_the_source():
     _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     source = (ROOT / "scfg" / "denoise.py").read_text(encoding="utf-8")
     lines = [line.strip() for line in code.strip().splitlines()[1:]]
-    assert len(lines) == 7
+    assert len(lines) == 8
     exact = [line for line in lines if line in source]
     assert len(exact) >= 3
     for line in lines:
