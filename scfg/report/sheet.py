@@ -52,7 +52,7 @@ def named_colour(text: str) -> tuple[int, int, int] | None:
 def word_colours(words: Sequence[Word]) -> list[tuple[int, int, int]]:
     """A word that names a colour is shown in it; others in colours that are not nearly one of those."""
     named = [named_colour(word.text) for word in words]
-    free = [one for one in WORD_COLOURS if all(math.dist(one, other) > 100 for other in named if other)]
+    free = [one for one in WORD_COLOURS if all(math.dist(one, other) > 150 for other in named if other)]
     others = cycle(free or WORD_COLOURS)
     return [colour or next(others) for colour in named]
 

@@ -182,7 +182,7 @@ def test_words_are_shown_in_colours_that_no_other_word_names():
     by_word = dict(zip(text.split(), colours))
     named = [by_word.pop(word) for word in ("red", "blue", "green")]
     assert named == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
-    assert all(math.dist(colour, other) > 100 for colour in by_word.values() for other in named)
+    assert all(math.dist(colour, other) > 150 for colour in by_word.values() for other in named)
     every = [
         Word(word, 1, 2) for word in ("red", "orange", "gold", "blue", "green", "purple", "teal", "cyan", "pink", "a")
     ]
