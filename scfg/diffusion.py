@@ -140,7 +140,7 @@ class Diffusion:
 
     def sigmas(self, steps: int, sampler: str | Sampler = "dpmpp_2m", spacing: Spacing | None = None) -> list[float]:
         """The steps + 1 noise levels of a run, as is usual for the sampler; spacing: in place of the native one."""
-        sampler = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "")
+        sampler = sampler if isinstance(sampler, str) else getattr(getattr(sampler, "func", sampler), "__name__", "")
         multistep, ddim = sampler in MULTISTEP, sampler == "ddim"
         levels = self.config.schedule.spaced(
             spacing or self.spacing(sampler), steps, rounded=multistep or ddim, drop_lowest=multistep, to_zero=not ddim

@@ -174,6 +174,11 @@ def test_a_sampler_need_not_be_hashable(flat):
     assert flat.sigmas(4, Unhashable()) == flat.sigmas(4, "euler")
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m_sde", "euler"])
+def test_a_sampler_with_options_has_the_noise_levels_of_its_name(tiny, name):
+    assert tiny.sigmas(6, functools.partial(SAMPLERS[name])) == tiny.sigmas(6, name)
+
+
 @pytest.mark.parametrize("sampler", [None, 3, "leapfrog"])
 def test_what_is_no_sampler_is_refused(sampler):
     with pytest.raises(BadInput, match="no sampler .*euler_ancestral"):
