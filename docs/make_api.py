@@ -14,7 +14,7 @@ import scfg.prompting
 
 PAGE = Path(__file__).with_name("api.md")
 GROUPS = {
-    "Load and sample": "load Diffusion Prompt Step run BadInput SAMPLERS Schedule Moment",
+    "Load and sample": "load save Diffusion Prompt Step run BadInput SAMPLERS Schedule Moment",
     "One step": "Denoiser Denoised Outputs Row",
     "Guidance": "Guidance CFG SCFG Energy Product APG FDG OptimizedScale TCFG PAG SEG Rescale Interval Ramp euler_cfg_pp",
     "Guidance as data": "to_dict from_dict",

@@ -20,11 +20,14 @@ __all__ += ["from_dict", "to_dict"]
 
 # wings
 from . import edit as edit  # noqa: E402
+from . import formats as formats  # noqa: E402
 from . import methods as methods  # noqa: E402
 from . import prompting as prompting  # noqa: E402
 from . import regional as regional  # noqa: E402
+from .formats import save as save  # noqa: E402
 from .methods import *  # noqa: E402, F403
 from .regional import *  # noqa: E402, F403
 
+__all__ += ["save"]  # from formats
 __all__ += methods.__all__
 __all__ += regional.__all__

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from .unet import UNet
 from .vae import VAE
 
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
-DROPPED = re.compile(  # buffers and training leftovers of published files
+UNUSED = re.compile(  # buffers and training leftovers of published files
     r"model_ema\..*|betas|(sqrt_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar|scale_factor|denoiser\.sigmas"
     r"|first_stage_model\.(loss|model_ema)\..*|(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?logit_scale"
@@ -40,42 +40,60 @@ Tensors = dict[str, Tensor]
 Metadata = dict[str, str]
 
 
+class NotOriginal(BadInput):
+    """A file is not whole in the original layout; the formats wing may know its layout."""
+
+
+class Source(NamedTuple):
+    """What the files of a checkpoint hold, by original names, and what they say of themselves."""
+
+    tensors: Tensors
+    metadata: Metadata = {}
+    config: Config | None = None  # None: it is recognised
+    knows_prediction: bool = False  # whether the config's prediction is known, not only usual for the family
+    tokenizer: CLIPTokenizer | None = None
+    names: Mapping[str, str] = {}  # original name -> the file's own, where they differ
+
+
 class LoadedParts(NamedTuple):
     config: Config
     unet: UNet
     vae: VAE
     text: Text | None
+    knows_prediction: bool
 
 
-def read(path: Path) -> tuple[Tensors, Metadata]:
-    """The tensors of a .safetensors file by name, memory-mapped, and its metadata."""
-    if not path.is_file():
-        raise BadInput(f"no such file: {path}")
+def read(path: Path) -> Source:
+    """A .safetensors file, memory-mapped."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return Source({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})
     except SafetensorError as error:
-        raise BadInput(f"{path} is no whole .safetensors file ({error}): download it again") from None
+        raise NotOriginal(f"{path} is no whole .safetensors file ({error}): download it again") from None
 
 
-def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     """The tensors whose names begin so, by what follows."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def shape(tensors: Tensors, name: str) -> torch.Size:
     if name not in tensors:
-        raise BadInput(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
+        raise NotOriginal(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
     return tensors[name].shape
 
 
-def recognise(tensors: Tensors) -> Config:
-    """The family from names, its sizes from shapes (heads and prediction are in no file: they come from the family)."""
-    channels, in_channels, *_ = shape(tensors, UNET + "input_blocks.0.0.weight")
+def family_of(tensors: Tensors) -> Config:
+    """The family, from the names and shapes of its U-Net."""
     if UNET + "label_emb.0.0.weight" in tensors:
-        family = SDXL_REFINER if UNET + "input_blocks.11.0.in_layers.0.weight" in tensors else SDXL
-    else:
-        family = SD1 if len(shape(tensors, UNET + "middle_block.1.proj_in.weight")) == 4 else SD2_V
+        return SDXL_REFINER if UNET + "input_blocks.11.0.in_layers.0.weight" in tensors else SDXL
+    return SD1 if len(shape(tensors, UNET + "input_blocks.4.1.proj_in.weight")) == 4 else SD2_V
+
+
+def recognise(tensors: Tensors) -> Config:
+    """The family and its sizes; heads and prediction are in no file: they come from the family."""
+    channels, in_channels, *_ = shape(tensors, UNET + "input_blocks.0.0.weight")
+    family = family_of(tensors)
     firsts = [1 + level * (family.unet.res_blocks + 1) for level in range(len(family.unet.channel_mult))]
     widths = [shape(tensors, f"{UNET}input_blocks.{i}.0.out_layers.0.weight")[0] for i in firsts]
     unet = replace(
@@ -84,7 +102,7 @@ def recognise(tensors: Tensors) -> Config:
         in_channels=in_channels,
         out_channels=shape(tensors, UNET + "out.2.weight")[0],
         channel_mult=tuple(width // channels for width in widths),
-        context_dim=shape(tensors, UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        context_dim=shape(tensors, UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")[1],
         vector_dim=shape(tensors, UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0,
     )
     towers = tuple(tower_sizes(tower, tower_tensors(with_prefix(tensors, tower.prefix))) for tower in family.text)
@@ -92,13 +110,10 @@ def recognise(tensors: Tensors) -> Config:
     return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers if any_tower else ())
 
 
-def family_of(path: Path, tensors: Tensors, metadata: Metadata) -> Config:
-    """What a file says of itself in its metadata, or else what it is recognised as."""
-    try:
-        of_itself = metadata.get("scfg.config")
-        return Config.from_dict(json.loads(of_itself)) if of_itself else recognise(tensors)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
+def stated_config(metadata: Metadata) -> Config | None:
+    """What a file says that it is."""
+    said = metadata.get("scfg.config")
+    return Config.from_dict(json.loads(said)) if said else None
 
 
 def vae_sizes(vae: VAEConfig, tensors: Tensors) -> VAEConfig:
@@ -142,85 +157,121 @@ def tower_sizes(tower: TextConfig, tensors: Tensors) -> TextConfig:
         length, _ = shapes["embeddings.position_embedding.weight"]
         pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
     except KeyError as error:
-        raise BadInput(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
+        raise NotOriginal(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
     found = {name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}
     layers = tower.layers if width == tower.width else len(found)
     heads = max(1, width // 64)
     return replace(tower, width=width, layers=layers, heads=heads, length=length, vocabulary=vocabulary, pooled=pooled)
 
 
-def build(make: Callable[[], Network], tensors: Tensors, dtype: torch.dtype) -> tuple[Network, list[str]]:
-    """Build a network without memory of its own and give it the tensors; complaints name what does not fit."""
+def build(
+    make: Callable[[], Network], tensors: Tensors, dtype: torch.dtype, label: Callable[[str], str] = str
+) -> tuple[Network, list[str]]:
+    """Build a network without memory of its own and give it the tensors; complaints name what does not fit.
+
+    label: a parameter's name -> that in the file.
+    """
     with torch.device("meta"):
         module = make()
     wanted = {name: list(value.shape) for name, value in module.state_dict().items()}
     found = {name: list(value.shape) for name, value in tensors.items()}
-    complaints = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    complaints += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
-    complaints += [f"{name} holds {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    complaints = [f"missing {label(name)}" for name in wanted.keys() - found.keys()]
+    complaints += [f"unexpected {label(name)}" for name in found.keys() - wanted.keys()]
+    complaints += [
+        f"{label(k)} holds {tensor.dtype}" for k, tensor in tensors.items() if not tensor.is_floating_point()
+    ]
     both = wanted.keys() & found.keys()
-    complaints += [f"{name} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]]
+    complaints += [
+        f"{label(name)} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]
+    ]
     if not complaints:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False), sorted(complaints)
 
 
-def load_parts(path: Path, tokenizer: Path | None, vae: Path | None, dtype: torch.dtype) -> LoadedParts:
+def load_parts(
+    paths: Sequence[Path], vae: Path | None, tokenizer: Path | None, ema: bool, dtype: torch.dtype
+) -> LoadedParts:
     """Read a checkpoint whole or not at all; raises BadInput with one line that names what is wrong with it.
 
-    Pickled checkpoints, a tokenizer and another file's VAE are read by the formats wing.
+    A .safetensors file in the original layout is read here, whatever else by the formats wing.
     """
-    if tokenizer or vae or path.suffix != ".safetensors":
-        from . import formats
-    given = formats.read_tokenizer(tokenizer) if tokenizer else None
-    tensors, metadata = read(path) if path.suffix == ".safetensors" else formats.read(path)
     try:
-        tensors = {name: tensor for name, tensor in tensors.items() if not DROPPED.fullmatch(name)}
-        if vae:
-            tensors, config = formats.with_vae(vae, path, tensors, metadata)
-        else:
-            config = family_of(path, tensors, metadata)
-        return assemble(path, config, tensors, metadata, dtype, given)
-    except BadInput:
-        raise
-    except Exception as error:  # absurd shapes or metadata break the building of networks anywhere
-        line = str(error).split("\n")[0]
-        raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
+        if len(paths) == 1 and paths[0].is_file() and not (vae or tokenizer or ema):
+            source = read(paths[0])
+            if "modelspec.prediction_type" not in source.metadata:  # formats obeys it
+                return assemble(paths[0], source, dtype)
+    except NotOriginal:
+        pass
+    from . import formats
+
+    return assemble(paths[0], formats.read(paths, vae, tokenizer, ema), dtype)
 
 
-def shortened(complaints: list[str]) -> str:
+def shortened(complaints: Sequence[str]) -> str:
     return ", ".join(complaints[:10]) + (f" and {len(complaints) - 10} more" if len(complaints) > 10 else "")
 
 
-def assemble(
-    path: Path, config: Config, tensors: Tensors, metadata: Metadata, dtype: torch.dtype, given: CLIPTokenizer | None
-) -> LoadedParts:
-    """The networks of a file's tensors, every one of which must find its place; `given` replaces its tokenizer."""
+def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
+    """The networks of a source's tensors, every one of which must find its place; complaints are one line."""
+    source = source._replace(tensors={name: own for name, own in source.tensors.items() if not UNUSED.fullmatch(name)})
+    try:
+        config = source.config or stated_config(source.metadata) or recognise(source.tensors)
+        parts, complaints = build_parts(config, source, dtype)
+    except BadInput as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:  # absurd shapes or metadata break the building of networks anywhere
+        line = str(error).split("\n")[0]
+        raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
+    if complaints:
+        raise NotOriginal(f"{path} is no whole {config.name} checkpoint: {shortened(complaints)}")
+    return parts
+
+
+def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[LoadedParts, list[str]]:
+    """The networks, and complaints about tensors that are missing, left over or of other shapes."""
+    tensors = source.tensors
     if config.unet.in_channels != config.vae.latent_channels:
         what = f"the U-Net takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}"
-        raise BadInput(f"{path}: {what} (an inpainting model?): only text-to-image checkpoints are supported")
+        raise NotOriginal(f"{what}: only text-to-image checkpoints are supported")
     for tower in config.text:
         if not with_prefix(tensors, tower.prefix):
-            raise BadInput(f"{path} is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
-    unet, complaints = build(lambda: UNet(config.unet), with_prefix(tensors, UNET), dtype)
+            raise NotOriginal(f"this is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
+
+    def named(prefix: str) -> Callable[[str], str]:
+        return lambda name: source.names.get(prefix + name, prefix + name)
+
+    unet, complaints = build(lambda: UNet(config.unet), with_prefix(tensors, UNET), dtype, named(UNET))
     vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
-    vae, of_vae = build(lambda: VAE(config.vae), with_prefix(tensors, FIRST_STAGE), vae_dtype)
-    text = None
-    of_text: list[str] = []
-    if config.text:
-        towers: Tensors = {}
-        if given is None and "scfg.vocab" in metadata:
-            merges = list(map(tuple, json.loads(metadata["scfg.merges"])))
-            # transformers annotates merges as text and takes pairs
-            given = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]
-        for i, tower in enumerate(config.text):
-            own = tower_tensors(with_prefix(tensors, tower.prefix))
-            towers |= {f"towers.{i}.{name}": tensor for name, tensor in own.items()}
-        known_words = json.loads(metadata.get("scfg.words", "[]"))
-        text, of_text = build(lambda: Text(config.text, given, known_words), towers, dtype)
-        text.restore_buffers()
+    own = with_prefix(tensors, FIRST_STAGE)
+    vae, of_vae = build(lambda: VAE(config.vae), own, vae_dtype, named(FIRST_STAGE))
+    text, of_text = build_text(config, source, dtype)
     known = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
-    complaints += of_vae + of_text + [f"unexpected {name}" for name in tensors if not name.startswith(known)]
-    if complaints:
-        raise BadInput(f"{path} is no whole {config.name} checkpoint: {shortened(complaints)}")
-    return LoadedParts(config, unet, vae, text)
+    complaints += of_vae + of_text
+    complaints += [f"unexpected {named('')(name)}" for name in tensors if not name.startswith(known)]
+    knows_prediction = source.knows_prediction or "scfg.config" in source.metadata
+    return LoadedParts(config, unet, vae, text, knows_prediction), complaints
+
+
+def build_text(config: Config, source: Source, dtype: torch.dtype) -> tuple[Text | None, list[str]]:
+    """The text towers and their tokenizer, which may be looked for later, and complaints as of `build`."""
+    if not config.text:
+        return None, []
+    tokenizer, metadata = source.tokenizer, source.metadata
+    if tokenizer is None and "scfg.vocab" in metadata:
+        merges = list(map(tuple, json.loads(metadata["scfg.merges"])))
+        # transformers annotates merges as text and takes pairs
+        tokenizer = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]
+    towers: Tensors = {}
+    for i, tower in enumerate(config.text):
+        own = tower_tensors(with_prefix(source.tensors, tower.prefix))
+        towers |= {f"towers.{i}.{name}": tensor for name, tensor in own.items()}
+    known_words = json.loads(metadata.get("scfg.words", "[]"))
+
+    def label(name: str) -> str:
+        _, tower, rest = name.split(".", 2)
+        return config.text[int(tower)].prefix + rest.removeprefix("transformer.")
+
+    text, complaints = build(lambda: Text(config.text, tokenizer, known_words), towers, dtype, label)
+    text.restore_buffers()
+    return text, complaints

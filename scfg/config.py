@@ -1,9 +1,11 @@
 """Every difference between the model families, as plain frozen values."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from .schedule import Schedule, Spacing
+from .schedule import Prediction, Schedule, Spacing
+
+Emphasis = Literal["original", "no-norm"]
 
 
 @dataclass(frozen=True)
@@ -11,15 +13,22 @@ class UNetConfig:
     context_dim: int  # channels of a text token
     model_channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # channels of a level, in units of model_channels
-    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)  # transformer blocks after every ResBlock of a level
-    middle_depth: int = 1
+    # transformer blocks after every ResBlock of a level, or after each: on the way down, then up
+    transformer_depth: tuple[int | tuple[int, ...], ...] = (1, 1, 1, 0)
+    middle_depth: int | None = 1  # None: the middle is one ResBlock
     res_blocks: int = 2  # a level on the way down; one more on the way up
     heads: int | None = None  # the same number of heads at every level, or
     head_channels: int | None = None  # heads of the same width at every level; without either, one head
     linear_projections: bool = False  # around the transformer blocks: linear, or a 1x1 convolution
     vector_dim: int = 0  # size of the vector added to the time embedding (XL)
+    guidance_dim: int = 0  # size of the guidance scale's embedding (LCM)
     in_channels: int = 4
     out_channels: int = 4
+
+    def depths(self, level: int) -> tuple[int, ...]:
+        """Transformer blocks after each ResBlock of a level, on the way down, then up."""
+        depth = self.transformer_depth[level]
+        return depth if isinstance(depth, tuple) else (depth,) * (2 * self.res_blocks + 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A CLIP text tower as transformers builds it; the start and the end token are the last two of its vocabulary."""
+    """A CLIP text tower as transformers builds it."""
 
     prefix: str = "cond_stage_model.transformer."  # of its names in an original file; open_clip's end in model.
     width: int = 768
@@ -68,6 +77,7 @@ class Config:
     scale: float = 7.5  # native guidance scale
     spacing: Spacing | None = None  # native noise levels; None: as usual for the sampler
     min_contrast: tuple[float, float] = (0.0, 0.0)  # below it named rules are plain CFG, see guidance.named_rule
+    emphasis: Emphasis = "no-norm"  # how weights of words act, see prompting.emphasised
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,8 +86,11 @@ class Config:
     def from_dict(cls, fields: dict[str, Any]) -> "Config":
         """The inverse of `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
 
+        def frozen(value: Any) -> Any:
+            return tuple(map(frozen, value)) if isinstance(value, list) else value
+
         def rebuild(kind: type, values: dict[str, Any]) -> Any:
-            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            return kind(**{name: frozen(value) for name, value in values.items()})
 
         kinds = {"unet": UNetConfig, "vae": VAEConfig, "schedule": Schedule}
         parts = {name: rebuild(kind, fields[name]) for name, kind in kinds.items()}
@@ -92,10 +105,10 @@ VIT_BIGG = replace(
     OPEN_CLIP, prefix="conditioner.embedders.0.model.", width=1280, layers=32, heads=20, norm=False, pooled=1280
 )
 
-SD1 = Config("SD 1.x", UNetConfig(context_dim=768, heads=8), text=(CLIP_L,))
+SD1 = Config("SD 1.x", UNetConfig(context_dim=768, heads=8), text=(CLIP_L,), emphasis="original")
 
 SD2_UNET = UNetConfig(context_dim=1024, head_channels=64, linear_projections=True)
-SD2_BASE = Config("SD 2.x base", SD2_UNET, text=(VIT_H,))
+SD2_BASE = Config("SD 2.x base", SD2_UNET, text=(VIT_H,), emphasis="original")
 SD2_V = replace(SD2_BASE, name="SD 2.x", schedule=Schedule("v"), size=(768, 768))
 
 SDXL_UNET = replace(SD2_UNET, context_dim=2048, channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), middle_depth=10)
@@ -109,5 +122,13 @@ SDXL = replace(SDXL, latent_scale=0.13025, size=(1024, 1024), scale=5.0, spacing
 REFINER_UNET = replace(SD2_UNET, context_dim=1280, model_channels=384, transformer_depth=(0, 4, 4, 0), middle_depth=4)
 SDXL_REFINER = replace(SDXL, name="SDXL refiner", unet=replace(REFINER_UNET, vector_dim=2560), text=(VIT_BIGG,))
 SDXL_REFINER = replace(SDXL_REFINER, zero_negative=False, aesthetic_scores=(2.5, 6.0))
+
+
+def predicting(config: Config, prediction: Prediction) -> Config:
+    """The same config for this prediction; SD 2.x has its base models for eps."""
+    if (config.name, prediction) == (SD2_V.name, "eps"):
+        config = replace(config, name=SD2_BASE.name, size=SD2_BASE.size)
+    return replace(config, schedule=replace(config.schedule, prediction=prediction))
+
 
 FAMILIES = (SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER)

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .checkpoint import load_parts
-from .config import SD2_BASE, SD2_V, Config
+from .config import Config, predicting
 from .denoise import Denoised, Denoiser
 from .errors import BadInput
 from .guidance import Guidance, Rule, named_rule
@@ -22,7 +21,7 @@ from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
 from .segment import OFFICIAL, Recipe
 from .text import Prompt, PromptLike, Text, Texts, paired_texts, prompt_of
-from .unet import Capture, Conditioning, UNet
+from .unet import Capture, UNet
 from .vae import VAE
 
 WHOLE = 128 * 128  # latent pixels that are decoded at once
@@ -242,34 +241,24 @@ def embedded_checkpoint() -> Path:
     return inside if inside.exists() else beside
 
 
-@torch.no_grad()
-def seems_to_predict(unet: UNet) -> Prediction:
-    """What a network's output means, by its answer to pure noise.
-
-    Where there is nothing but noise, eps is the input itself, and v is minus an expected picture, which knows nothing
-    of the input.
-    """
-    fixed, channels = torch.Generator().manual_seed(0), unet.config.in_channels
-    x = torch.randn(1, channels, 32, 32, generator=fixed).to(unet.get_parameter("out.2.weight"))
-    out, _ = unet(x, x.new_full((1,), 999), Conditioning(x.new_zeros(1, 77, unet.config.context_dim)))
-    return "eps" if F.cosine_similarity(x.float().flatten(), out.float().flatten(), dim=0) > 0.5 else "v"
-
-
 def load(
-    path: str | Path | None = None,
+    path: str | Path | Sequence[str | Path] | None = None,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     prediction: Prediction | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    ema: bool = False,
     offload: bool = False,
 ) -> Diffusion:
     """Load a checkpoint, by default the embedded one. Raises BadInput with one line that says what is wrong.
 
-    dtype: float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the family usually
-    predicts. vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or
-    bpe_simple_vocab_16e6.txt.gz. offload: keep the text towers off the device except while encoding.
+    path: a file or a diffusers folder; of several, the later ones replace or complete parts of the first. dtype:
+    float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the file says and what the network
+    seems to predict. vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or
+    bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text towers off the device
+    except while encoding.
     """
     try:
         torch.zeros(1, device=device).item()  # also refuses devices that hold no numbers
@@ -278,27 +267,27 @@ def load(
     if prediction not in (None, "eps", "v"):
         raise BadInput(f"prediction is eps or v, not {prediction!r}")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    files = Path(path or embedded_checkpoint()), Path(tokenizer) if tokenizer else None, Path(vae) if vae else None
-    config, unet, first_stage, text = load_parts(*files, dtype)
-    unet, first_stage = unet.to(device), first_stage.to(device)
+    paths = [path or embedded_checkpoint()] if path is None or isinstance(path, str | Path) else path
+    config, unet, first_stage, text, known = load_parts(
+        [Path(one) for one in paths], Path(vae) if vae else None, Path(tokenizer) if tokenizer else None, ema, dtype
+    )
     text = text if offload or text is None else text.to(device)
+    model = Diffusion(config, unet.to(device), first_stage.to(device), text)
     if config.vae.overflows and dtype == torch.float16:
         warnings.warn("SDXL's VAE overflows in float16: it runs in float32", stacklevel=2)
-    if config.name == SD2_V.name:
-        prediction, config = predicted_by_sd2(unet, config, prediction)
-    prediction = prediction or config.schedule.prediction
-    config = replace(config, schedule=replace(config.schedule, prediction=prediction))
-    return Diffusion(config, unet, first_stage, text)
+    return predicted(model, prediction, known)
 
 
-def predicted_by_sd2(unet: UNet, config: Config, requested: Prediction | None) -> tuple[Prediction, Config]:
-    """What an SD 2.x network predicts, as requested or by its answer to noise, and the config that goes with it."""
-    found = seems_to_predict(unet)
-    unsaid = "an SD 2.x file does not say what it predicts"
-    what = f"{unsaid}: taken as {found}, by its answer to pure noise; --prediction says otherwise"
+def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Diffusion:
+    """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
+    said = model.config.schedule.prediction
     if requested:
-        what = f"prediction {requested} was asked for, but this network answers pure noise as one of {found}"
-    if requested != found:
-        warnings.warn(what, stacklevel=3)
-    base = (requested or found) == "eps"
-    return requested or found, replace(config, name=SD2_BASE.name, size=SD2_BASE.size) if base else config
+        if known and requested != said:
+            what = f"prediction {requested} was asked for, but this checkpoint says {said}"
+            warnings.warn(what, stacklevel=3)
+        return replace(model, config=predicting(model.config, requested))
+    if not known:
+        from .formats import ask_prediction
+
+        return ask_prediction(model)
+    return model

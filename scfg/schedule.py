@@ -39,12 +39,19 @@ class Schedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
+    terminal_alpha: float | None = (
+        None  # zero terminal SNR, whose last a is this in place of 0; None: betas as they are
+    )
 
     @cached_property
     def sigmas(self) -> np.ndarray:
         """sigma(t) = sqrt((1 - a) / a), a the cumulative product of 1 - beta; (timesteps,), float64, rising."""
         betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.timesteps) ** 2
         a = np.cumprod(1 - betas)
+        if self.terminal_alpha:  # 2305.08891, algorithm 1
+            s = np.sqrt(a)
+            a = ((s - s[-1]) * s[0] / (s[0] - s[-1])) ** 2
+            a[-1] = self.terminal_alpha
         return np.sqrt((1 - a) / a)
 
     def time(self, sigma: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .config import Config, TextConfig
+from .config import CLIP_L, Config, TextConfig
 from .errors import BadInput
 from .guidance import Row
 from .schedule import Moment
@@ -153,16 +153,16 @@ class Tower(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        n = config.vocabulary
-        clip = CLIPTextConfig(vocab_size=n, bos_token_id=n - 2, eos_token_id=n - 1, hidden_act=config.activation)
+        # the ends matter to its own pooled text alone, which is not read
+        clip = CLIPTextConfig(vocab_size=config.vocabulary, bos_token_id=0, eos_token_id=0)
         clip.hidden_size, clip.intermediate_size = config.width, 4 * config.width
         clip.num_hidden_layers, clip.num_attention_heads = config.layers, config.heads
-        clip.max_position_embeddings = config.length
+        clip.max_position_embeddings, clip.hidden_act = config.length, config.activation
         self.transformer = CLIPTextModel(clip)
         if config.pooled:
             self.text_projection = nn.Linear(config.width, config.pooled, bias=False)
 
-    def forward(self, ids: Tensor, layer_from_end: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, ids: Tensor, end: int, layer_from_end: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Token numbers (b t) -> a layer's states (b t d), and the pooled text (b p) of a tower that has it.
 
         The pooled text is the last layer's normed state at the first end token, projected.
@@ -170,7 +170,10 @@ class Tower(nn.Module):
         outputs = self.transformer(ids, output_hidden_states=True)
         states = outputs.hidden_states[-(layer_from_end or self.config.layer_from_end)]
         states = self.transformer.final_layer_norm(states) if self.config.norm else states
-        return states, self.text_projection(outputs.pooler_output) if self.config.pooled else None
+        if not self.config.pooled:
+            return states, None
+        ends = (ids == end).int().argmax(-1)
+        return states, self.text_projection(outputs.last_hidden_state[torch.arange(len(ids), device=ids.device), ends])
 
     def on(self, device: torch.device) -> "Tower":
         """This tower if it is on the device, else a copy there; its parameters are moved without a copy on the way."""
@@ -204,9 +207,10 @@ class Text(nn.Module):
             from .formats import default_tokenizer
 
             self.tokenizer = default_tokenizer()
-        if len(self.tokenizer) != self.towers[0].config.vocabulary:
-            what = f"the tokenizer has {len(self.tokenizer)} tokens, the text tower {self.towers[0].config.vocabulary}"
-            raise BadInput(f"{what}: give the tokenizer of this model with --tokenizer")
+        vocabulary, own = self.towers[0].config.vocabulary, len(self.tokenizer)
+        if own != vocabulary and not (own == CLIP_L.vocabulary < vocabulary):  # CLIP's without a model's added tokens
+            what = f"the tokenizer has {own} tokens, the text tower {vocabulary}"
+            raise BadInput(f"{what}: give this model's own with --tokenizer, a folder in transformers' layout")
         return self.tokenizer
 
     def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
@@ -214,8 +218,9 @@ class Text(nn.Module):
         tokenizer = self.checked_tokenizer()
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets, first = encoded["input_ids"], encoded["offset_mapping"], 0
+        added = tokenizer.added_tokens_decoder  # words by themselves
         for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids), 1):
-            if token.endswith("</w>") or i == len(ids):
+            if token.endswith("</w>") or i == len(ids) or ids[i - 1] in added or ids[i] in added:
                 yield text[offsets[first][0] : offsets[i - 1][1]], ids[first:i]
                 first = i
 
@@ -242,17 +247,18 @@ class Text(nn.Module):
     ) -> tuple[list[Tensor], Tensor | None]:
         """Token numbers of b texts -> every tower's states (b t d), and the pooled text (b p) of a tower that has it.
 
-        layer_from_end: of which layer the states are, in place of the family's own.
+        ids: of each text, from its start to its end token. layer_from_end: of which layer the states are, in place of
+        the family's own.
         """
         layers = min(tower.config.layers for tower in self.towers)
         if layer_from_end is not None and not 1 <= layer_from_end <= layers:
             raise BadInput(f"clip skip counts the tower's layers from the last, 1 to {layers}, not {layer_from_end}")
-        states, pooled = [], None
+        states, pooled, end = [], None, ids[0][-1]
         for tower in self.towers:
             config = tower.config
-            pad = config.vocabulary - 1 if config.pad is None else config.pad
+            pad = end if config.pad is None else config.pad
             padded = torch.tensor([[*own, *[pad] * (config.length - len(own))] for own in ids], device=device)
-            of_tower, pooled_of_tower = tower.on(device)(padded, layer_from_end)
+            of_tower, pooled_of_tower = tower.on(device)(padded, end, layer_from_end)
             states.append(of_tower)
             pooled = pooled if pooled_of_tower is None else pooled_of_tower
         return states, pooled

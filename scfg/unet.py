@@ -274,39 +274,43 @@ def mlp(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_channels, out_channels), nn.SiLU(), nn.Linear(out_channels, out_channels))
 
 
+def stage(in_channels: int, width: int, depth: int, config: UNetConfig) -> Block:
+    """A ResBlock, and a spatial transformer of so many blocks; 0: none."""
+    block = Block([ResBlock(in_channels, width, 4 * config.model_channels)])
+    return block.append(SpatialTransformer(width, depth, config)) if depth else block
+
+
 class UNet(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         base, embedding = config.model_channels, 4 * config.model_channels
         widths = [base * m for m in config.channel_mult]
-
-        def stage(in_channels: int, width: int, depth: int) -> Block:
-            block = Block([ResBlock(in_channels, width, embedding)])
-            return block.append(SpatialTransformer(width, depth, config)) if depth else block
-
         self.time_embed = mlp(base, embedding)
+        if config.guidance_dim:  # an LCM's, which methods.distilled reads
+            self.time_embed.cond_proj = nn.Linear(config.guidance_dim, base, bias=False)
         if config.vector_dim:
             self.label_emb = nn.Sequential(mlp(config.vector_dim, embedding))
 
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, base, 3, padding=1)])])
         channels, skips = base, [base]
-        for level, (width, depth) in enumerate(zip(widths, config.transformer_depth)):
-            for _ in range(config.res_blocks):
-                self.input_blocks.append(stage(channels, width, depth))
+        for level, width in enumerate(widths):
+            for depth in config.depths(level)[: config.res_blocks]:
+                self.input_blocks.append(stage(channels, width, depth, config))
                 channels = width
                 skips.append(width)
             if level < len(widths) - 1:
                 self.input_blocks.append(Block([Downsample(width)]))
                 skips.append(width)
 
-        self.middle_block = stage(channels, channels, config.middle_depth)
-        self.middle_block.append(ResBlock(channels, channels, embedding))
+        self.middle_block = stage(channels, channels, config.middle_depth or 0, config)
+        if config.middle_depth is not None:
+            self.middle_block.append(ResBlock(channels, channels, embedding))
 
         self.output_blocks = nn.ModuleList()
-        for level, (width, depth) in reversed(list(enumerate(zip(widths, config.transformer_depth)))):
-            for _ in range(config.res_blocks + 1):
-                block = stage(channels + skips.pop(), width, depth)
+        for level, width in reversed(list(enumerate(widths))):
+            for depth in config.depths(level)[config.res_blocks :]:
+                block = stage(channels + skips.pop(), width, depth, config)
                 self.output_blocks.append(block)
                 channels = width
             if level:
@@ -342,7 +346,7 @@ class UNet(nn.Module):
         call = Call(conditioning, capture or Capture(), attend, inject)
         rows, skips = len(conditioning.tokens), []
         captured: Captured = {}
-        embedding = expand(self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
+        embedding = expand(self.time_embed[:3](timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
         if conditioning.vector is not None:
             embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
         for block in self.input_blocks:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import scfg
 from scfg import formats
-from scfg.checkpoint import DROPPED, read
+from scfg.checkpoint import UNUSED
 from scfg.cli.arguments import Parser, size
 from scfg.cli.region import number
 from scfg.guidance import RULES
@@ -255,8 +255,8 @@ def measure(sides: Sides) -> Figures:
 
 def facts(file: Path, sides: Sides) -> dict[str, str]:
     ours, device = sides.ours, sides.ours.device
-    tensors, _ = read(file) if file.suffix == ".safetensors" else formats.read(file)
-    unused = sum(bool(DROPPED.fullmatch(name)) for name in tensors)
+    tensors, _ = read_file(file)
+    unused = sum(bool(UNUSED.fullmatch(name)) for name in tensors)
     settings = f"{sides.steps} steps of DDIM over leading timesteps, CFG at {ours.config.scale:g}, seed {SEED}"
     return {
         "family": ours.config.name,

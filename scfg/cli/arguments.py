@@ -122,23 +122,50 @@ def add_model(parser: Parser) -> None:
     add(
         "--checkpoint",
         type=Path,
-        help="original Stable Diffusion 1.x, 2.x or SDXL file, .safetensors or .ckpt (default: the embedded model)",
+        help="Stable Diffusion 1.x, 2.x or SDXL: a .safetensors or .ckpt file, or a diffusers folder (default: the "
+        "embedded model)",
     )
     add("--refiner", type=Path, help="an SDXL refiner's file; it takes over from an SDXL checkpoint")
     add("--refiner-from", type=number(float, 0, 1), help="the share of the timesteps before it does (default: 0.8)")
     add("--vae", type=Path, help="a file whose VAE is used instead of the checkpoint's")
-    add("--prediction", choices=["eps", "v"], help="what the network predicts, where the family is not to be trusted")
     add(
-        "--clip-skip",
-        type=number(int, 1, 100),
-        metavar="N",
-        help="take the text towers' N-th last layer (default: 1 for SD 1.x, 2 for others)",
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file of text towers that the checkpoint lacks, or that are used instead; may be given again",
     )
     add(
         "--tokenizer",
         type=Path,
         help="transformers folder or bpe_simple_vocab_16e6.txt.gz, for files without a vocabulary",
     )
+    add("--ema", action="store_true", help="use the averaged (EMA) weights that a training checkpoint also holds")
+
+
+def add_use(parser: Parser) -> None:
+    add = parser.add_argument_group("use of the model").add_argument
+    add(
+        "--prediction",
+        choices=["eps", "v"],
+        help="what the network predicts (default: as the file says, or else as the network's answer to noise shows)",
+    )
+    add(
+        "--zero-terminal-snr",
+        action="store_true",
+        help="noise levels up to pure noise, for models trained so (default: as the file says)",
+    )
+    add(
+        "--clip-skip",
+        type=number(int, 1, 100),
+        metavar="N",
+        help="take the text towers' N-th last layer (default: 1 for SD 1.x, 2 for others)",
+    )
+
+
+def add_device(parser: Parser) -> None:
+    add = parser.add_argument_group("device").add_argument
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -182,6 +209,7 @@ def add_run(parser: Parser) -> None:
         help="pictures made at once; they depend on their seeds alone (default: %(default)s)",
     )
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
+    add("--verbose", action="store_true", help="say what was ignored in files, and what was found out about them")
 
 
 def parse_with_picture(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -228,7 +256,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PICTURE",
         help="repeat a picture by the settings in it; other options change them",
     )
-    for add in (add_guidance, add_run, add_model):
+    for add in (add_guidance, add_run, add_model, add_use, add_device):
         add(parser)
     args, rest = parse_with_picture(parser, list(sys.argv[1:] if argv is None else argv))
     check(parser, args, rest)

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,11 @@ from typing import NamedTuple
 import torch
 
 from .. import cpu
-from ..diffusion import Diffusion
+from ..diffusion import Diffusion, embedded_checkpoint
 from ..diffusion import load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
+from ..formats import check_prediction, with_zero_terminal_snr
 from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
 from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp
 from ..prompting import encode
@@ -39,10 +41,18 @@ class Job(NamedTuple):
 
 
 def load(path: Path | None, args: argparse.Namespace, main: bool = True) -> Diffusion:
-    """The model of a file; --vae and --prediction are for the main one only."""
-    own = {"prediction": args.prediction, "vae": args.vae} if main else {}
+    """The model of a file; what completes or overrides it is for the main one only."""
+    if args.verbose:
+        logging.basicConfig(format="%(message)s", level=logging.INFO)
+    own = {"prediction": args.prediction, "vae": args.vae, "ema": args.ema} if main else {}
+    path = path or embedded_checkpoint()
+    files = [path, *args.text] if main else [path]
     dtype = args.dtype and getattr(torch, args.dtype)
-    model = load_model(path, device=args.device, dtype=dtype, tokenizer=args.tokenizer, offload=args.offload, **own)
+    model = load_model(files, device=args.device, dtype=dtype, tokenizer=args.tokenizer, offload=args.offload, **own)
+    if main and args.prediction:
+        check_prediction(model, args.prediction)
+    if main and args.zero_terminal_snr:
+        model = with_zero_terminal_snr(model)
     cpu.pack(model)
     return model
 

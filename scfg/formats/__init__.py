@@ -1,7 +1,9 @@
-"""Files in other layouts than the original .safetensors: pickled checkpoints, VAEs of other files, tokenizers."""
+"""Files in other layouts -> tensors by original name; what files say of themselves, or their networks answer."""
 
-from .pickled import read
+from .prediction import ask_prediction, check_prediction, predicts, with_zero_terminal_snr
+from .reading import read
+from .save import save
 from .tokenizer import default_tokenizer, read_tokenizer, vocabulary
-from .vae import with_vae
 
-__all__ = ["default_tokenizer", "read", "read_tokenizer", "vocabulary", "with_vae"]
+__all__ = ["ask_prediction", "check_prediction", "default_tokenizer", "predicts", "read", "read_tokenizer", "save"]
+__all__ += ["vocabulary", "with_zero_terminal_snr"]

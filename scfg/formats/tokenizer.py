@@ -38,7 +38,10 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
             read = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             # without its padding token, which would be split off any text: SD 2.x's is "!"
             bpe = json.loads(read.backend_tokenizer.to_str())["model"]
-            return clip_tokenizer(bpe["vocab"], bpe["merges"])
+            tokenizer = clip_tokenizer(bpe["vocab"], bpe["merges"])
+            added = {i: token for i, token in read.added_tokens_decoder.items() if i >= len(bpe["vocab"])}
+            tokenizer.add_tokens([added[i] for i in sorted(added)])
+            return tokenizer
         if path.is_file() and path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 lines = file.read().split("\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import scfg
 from scfg import checkpoint
+from scfg.checkpoint import Source
 from scfg.config import SDXL
 
 
@@ -41,13 +42,13 @@ def test_names_and_shapes_of_whole_files_are_the_originals(name):
     """Every tensor of a published file finds its place, no place stays empty, and its sizes are the family's."""
     tensors = published(name)
     assert checkpoint.recognise(tensors) == FAMILIES[name]
-    wanted = {key: tensor for key, tensor in tensors.items() if not checkpoint.DROPPED.fullmatch(key)}
-    parts = checkpoint.assemble(Path(name), FAMILIES[name], wanted, {}, torch.float16, None)
+    parts = checkpoint.assemble(Path(name), Source(tensors), torch.float16)
     assert parts.unet.out[2].weight.is_meta and len(parts.text.towers) == len(FAMILIES[name].text)
-    for key in list(wanted)[::97]:
-        lacking = {k: v for k, v in wanted.items() if k != key}
-        with pytest.raises(scfg.BadInput, match="missing"):
-            checkpoint.assemble(Path(name), FAMILIES[name], lacking, {}, torch.float16, None)
+    assert not parts.knows_prediction
+    for key in [key for key in tensors if not checkpoint.UNUSED.fullmatch(key)][::97]:
+        lacking = Source({k: v for k, v in tensors.items() if k != key}, config=FAMILIES[name])
+        with pytest.raises(checkpoint.NotOriginal, match="missing"):
+            checkpoint.assemble(Path(name), lacking, torch.float16)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -76,7 +77,7 @@ def test_a_file_that_carries_its_tokenizer_needs_no_other(tmp_path):
     config = families.small(FAMILIES["sd1"], len(vocabulary))
     metadata = families.tokenizer_metadata(merges)
     save_file(families.original(config), tmp_path / "model.safetensors", metadata)
-    ids, words = scfg.load(tmp_path / "model.safetensors").text.tokenize("a cat")
+    ids, words = scfg.load(tmp_path / "model.safetensors", prediction="eps").text.tokenize("a cat")
     assert ids == [len(vocabulary) - 2, vocabulary["a</w>"], vocabulary["cat</w>"], len(vocabulary) - 1]
     assert [word.text for word in words] == ["a", "cat"]
 
@@ -89,24 +90,18 @@ def test_a_file_that_says_what_it_is_is_taken_at_its_word(tmp_path, tiny, tensor
 
 
 def test_a_missing_tower_or_its_last_layers_are_named():
-    tensors = {key: tensor for key, tensor in published("sdxl").items() if not checkpoint.DROPPED.fullmatch(key)}
+    tensors = published("sdxl")
     for i, tower in enumerate(SDXL.text):
         rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(tower.prefix)}
         with pytest.raises(scfg.BadInput, match=f"its text tower {tower.prefix}.* is missing"):
-            checkpoint.assemble(Path("xl"), checkpoint.recognise(rest), rest, {}, torch.float16, None)
+            checkpoint.assemble(Path("xl"), Source(rest), torch.float16)
         last = f"{('layers', 'resblocks')[i]}.{tower.layers - 1}."
         short = {key: tensor for key, tensor in tensors.items() if last not in key}
-        with pytest.raises(scfg.BadInput, match=f"missing towers.{i}.transformer.encoder.layers.{tower.layers - 1}."):
-            checkpoint.assemble(Path("xl"), checkpoint.recognise(short), short, {}, torch.float16, None)
+        with pytest.raises(scfg.BadInput, match=f"missing {tower.prefix}encoder.layers.{tower.layers - 1}."):
+            checkpoint.assemble(Path("xl"), Source(short), torch.float16)
 
 
-def test_a_file_without_a_vae_is_named(tmp_path, tensors):
-    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}
-    with pytest.raises(scfg.BadInput, match="bare.safetensors: unknown architecture: .* it has no first_stage_model"):
-        scfg.load(saved(tmp_path, rest, "bare.safetensors"))
-
-
-def test_buffers_of_published_files_are_dropped(tmp_path, tensors, tiny):
+def test_buffers_of_published_files_are_not_read(tmp_path, tensors, tiny):
     extra = {
         "model_ema.decay": torch.ones(1),
         "betas": torch.ones(1000),
@@ -114,37 +109,29 @@ def test_buffers_of_published_files_are_dropped(tmp_path, tensors, tiny):
         "posterior_mean_coef2": torch.ones(1000),
         "model_ema.num_updates": torch.ones(1),
     }
-    model = scfg.load(saved(tmp_path, tensors | extra))
+    model = scfg.load(saved(tmp_path, tensors | extra), prediction="eps")
     assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
 
 
-def broken_files(tmp_path, tensors):
+def broken(tensors):
     some = checkpoint.UNET + "output_blocks.3.0.in_layers.2.weight"
-    whole = (DATA / "tiny_sd1.safetensors").read_bytes()
-
-    def written(name, content):
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    lacking = {name: tensor for name, tensor in tensors.items() if name != some}
     inpainting = tensors | {checkpoint.UNET + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}
-    (tmp_path / "folder.safetensors").mkdir()
-    yield tmp_path / "absent.safetensors", "no such file"
-    yield tmp_path / "folder.safetensors", "no such file"
-    yield written("torn.safetensors", whole[:-1000]), "no whole .safetensors"
-    yield written("empty.safetensors", b""), "no whole .safetensors"
-    yield saved(tmp_path, {"x": torch.ones(2)}, "other.safetensors"), "unknown architecture"
-    yield saved(tmp_path, lacking, "lacking.safetensors"), "missing output_blocks.3"
-    yield saved(tmp_path, tensors | {some: torch.ones(3, 3)}, "shape.safetensors"), r"\[3, 3\], not \[64, 128, 3, 3\]"
-    yield saved(tmp_path, tensors | {"surprise": torch.ones(2)}, "more.safetensors"), "unexpected surprise"
-    yield saved(tmp_path, inpainting, "inpainting.safetensors"), "9 channels"
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}
+    yield {"x": torch.ones(2)}, "unknown architecture"
+    yield {name: tensor for name, tensor in tensors.items() if name != some}, f"missing {some}"
+    yield tensors | {some: torch.ones(3, 3)}, rf"{some} is \[3, 3\], not \[64, 128, 3, 3\]"
+    yield tensors | {checkpoint.UNET + "surprise": torch.ones(2)}, "unexpected model.diffusion_model.surprise"
+    yield tensors | {"surprise": torch.ones(2)}, "unexpected surprise"
+    yield tensors | {checkpoint.UNET + "out.2.bias": torch.ones(4, dtype=torch.int8)}, "out.2.bias holds torch.int8"
+    yield rest, "unknown architecture: .* it has no first_stage_model"
+    yield inpainting, "9 channels"
 
 
-def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):
-    for path, message in broken_files(tmp_path, tensors):
+def test_what_does_not_fit_is_one_line_that_names_it_as_the_file_does(tensors):
+    for changed, message in broken(tensors):
         with pytest.raises(scfg.BadInput, match=message) as caught:
-            scfg.load(path)
-        assert "\n" not in str(caught.value) and path.name in str(caught.value), path
+            checkpoint.assemble(Path("model.safetensors"), Source(changed), torch.float32)
+        assert "\n" not in str(caught.value) and "model.safetensors" in str(caught.value), message
 
 
 @pytest.mark.parametrize(
@@ -157,17 +144,10 @@ def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):
         '{"name": "x", "unet": {"context_dim": 48, "model_channels": 33, "heads": 0}}',
     ],
 )
-def test_unusable_metadata_is_one_line(tmp_path, tensors, config):
-    save_file(tensors, tmp_path / "model.safetensors", {"scfg.config": config})
+def test_unusable_metadata_is_one_line(tensors, config):
     with pytest.raises(scfg.BadInput, match="no usable checkpoint|unexpected|missing") as caught:
-        scfg.load(tmp_path / "model.safetensors")
+        checkpoint.assemble(Path("model.safetensors"), Source(tensors, {"scfg.config": config}), torch.float32)
     assert "\n" not in str(caught.value)
-
-
-def test_weights_that_are_no_fractions_are_refused(tmp_path, tensors):
-    name = checkpoint.UNET + "out.2.bias"
-    with pytest.raises(scfg.BadInput, match="out.2.bias holds torch.int8"):
-        scfg.load(saved(tmp_path, tensors | {name: torch.ones(4, dtype=torch.int8)}))
 
 
 def test_prediction_and_dtype_can_be_chosen():
@@ -190,7 +170,7 @@ def test_a_file_without_a_text_tower_refuses_prompts_only(tiny):
 def test_weights_in_the_files_own_dtype_stay_in_the_file():
     """They lie in one mapping of it, none was copied; in another dtype none stays there."""
     for dtype, stay in ((torch.float16, True), (torch.float32, False)):
-        model = scfg.load(DATA / "tiny_sd1.safetensors", dtype=dtype)
+        model = scfg.load(DATA / "tiny_sd1.safetensors", dtype=dtype, prediction="eps")
         maps = [line.split() for line in open("/proc/self/maps") if "tiny_sd1.safetensors" in line]
         spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
         parameters = [*model.unet.parameters(), *model.vae.parameters()]

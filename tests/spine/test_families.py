@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Capture, Conditioning, Prompt, Tokens
 from scfg.config import SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER
-from scfg.diffusion import seems_to_predict
 from scfg.segment import CONDITIONAL
 from scfg.text import Text
 from scfg.unet import UNet
@@ -41,7 +40,8 @@ def load(files):
     def load(name: str, **options) -> scfg.Diffusion:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return scfg.load(files / f"{name}.safetensors", **options)
+            usual = {"prediction": FAMILIES[name].schedule.prediction}  # the files do not say
+            return scfg.load(files / f"{name}.safetensors", **usual | options)
 
     return load
 
@@ -188,35 +188,13 @@ def test_unusual_uses_are_named(load, files):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         next(refiner.sample(refiner.prompt("cat"), CFG(5.0), steps=1, latent=seeded(1, 4, 8, 8)))
-    with pytest.warns(UserWarning, match="does not say what it predicts: taken as v"):
-        assert scfg.load(files / "sd2.safetensors").config.schedule.prediction == "v"
-    with pytest.warns(UserWarning, match="prediction eps was asked for, but .* as one of v"):
-        config = scfg.load(files / "sd2.safetensors", prediction="eps").config
+    config = load("sd2", prediction="eps").config
     assert (config.schedule.prediction, config.name, config.size) == ("eps", "SD 2.x base", (512, 512))
     with pytest.raises(scfg.BadInput, match="prediction is eps or v, not 'x0'"):
         scfg.load(files / "sd2.safetensors", prediction="x0")
     with pytest.warns(UserWarning, match="SDXL's VAE overflows in float16: it runs in float32"):
-        model = scfg.load(files / "sdxl.safetensors", dtype=torch.float16)
+        model = scfg.load(files / "sdxl.safetensors", dtype=torch.float16, prediction="eps")
     assert model.dtype == torch.float16 and model.vae.quant_conv.weight.dtype == torch.float32
-
-
-def test_an_eps_network_is_told_from_a_v_network_by_its_answer_to_noise(flat):
-    """On the one trained model there is: as it is, and with its output turned into eps.
-
-    eps = (sigma out + x) / sqrt(sigma^2 + 1).
-    """
-
-    class Eps(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config, self.out = flat.config.unet, flat.unet.out
-
-        def forward(self, x, t, conditioning):
-            sigma = flat.config.schedule.sigmas[int(t[0])]
-            out, captured = flat.unet(x, t, conditioning)
-            return (out / sigma + x) * sigma / math.sqrt(sigma**2 + 1), captured
-
-    assert seems_to_predict(flat.unet) == "v" and seems_to_predict(Eps()) == "eps"
 
 
 def enlarged(model: scfg.Diffusion, layer: str, factor: float) -> scfg.Diffusion:

@@ -54,7 +54,7 @@ def test_another_files_vae(tmp_path, tensors, tiny):
     whole = {name: -tensor for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a whole checkpoint says its family
-        model = scfg.load(TINY, vae=saved(tmp_path, whole, "whole.safetensors"))
+        model = scfg.load(TINY, vae=saved(tmp_path, whole, "whole.safetensors"), prediction="eps")
     assert torch.equal(model.vae.quant_conv.weight, -tiny.vae.quant_conv.weight)
     assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
 
@@ -68,7 +68,7 @@ def test_a_pickled_files_vae(tmp_path, tensors, tiny):
 def test_a_checkpoint_without_a_vae_takes_another_files(tmp_path, tensors, tiny):
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.FIRST_STAGE)}
     bare = saved(tmp_path, rest, "bare.safetensors")
-    with pytest.raises(scfg.BadInput, match="bare.safetensors: unknown architecture: .* it has no first_stage_model"):
+    with pytest.raises(scfg.BadInput, match="bare.safetensors: this checkpoint has no VAE: .* --vae FILE"):
         scfg.load(bare)
     model = scfg.load(bare, vae=TINY)
     assert torch.equal(model.vae.quant_conv.weight, tiny.vae.quant_conv.weight)
@@ -90,11 +90,13 @@ def test_a_vae_of_another_family_is_named(tmp_path):
     xl = saved(tmp_path, families.original(replace(families.small(SDXL), text=())), "xl.safetensors")
     sixteen = families.original(families.small(replace(SD1, vae=VAEConfig(latent_channels=16))))
     alone = {name: tensor for name, tensor in sixteen.items() if name.startswith(checkpoint.FIRST_STAGE)}
+    rest = {name: tensor for name, tensor in sixteen.items() if name not in alone}
     for file, message in (
         (xl, "xl.safetensors is SDXL, whose latents are not those of SD 1.x"),
         (saved(tmp_path, alone, "16.safetensors"), "latents of 16 channels, those of SD 1.x have 4"),
         (embedded_checkpoint(), "is Flatland, whose latents are not those of SD 1.x"),
-        (saved(tmp_path, {"x": torch.ones(1)}, "none.safetensors"), "none.safetensors holds no VAE"),
+        (saved(tmp_path, {"x": torch.ones(1)}, "none.safetensors"), "none.safetensors holds no part of a Stable"),
+        (saved(tmp_path, rest, "rest.safetensors"), "rest.safetensors holds no VAE"),
         (tmp_path / "absent.safetensors", "no such file"),
     ):
         with pytest.raises(scfg.BadInput, match=message), warnings.catch_warnings():
@@ -151,17 +153,31 @@ def broken_files(tmp_path, tensors):
         (tmp_path / name).write_bytes(content)
         return tmp_path / name
 
+    whole = TINY.read_bytes()
     torch.save(tensors, tmp_path / "whole.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     torch.save({"state_dict": {"x": 1}}, tmp_path / "numbers.ckpt")
-    yield tmp_path, "no such file"
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "lost.ckpt").symlink_to(tmp_path / "blobs" / "0123")
+    yield tmp_path, "is a folder, but none of diffusers'.*: give a file in it: list.ckpt, lost.ckpt, numbers.ckpt, w"
+    yield tmp_path / "folder.safetensors", "is a folder, but none of diffusers'"
     yield tmp_path / "absent.ckpt", "no such file"
-    yield written("noise.ckpt", b"\x93" * 999), "noise.ckpt"
-    yield written("empty.ckpt", b""), "empty.ckpt"
-    yield written("torn.ckpt", (tmp_path / "whole.ckpt").read_bytes()[:-5000]), "torn.ckpt"
-    yield tmp_path / "list.ckpt", "no state dict"
-    yield tmp_path / "numbers.ckpt", "more than a state dict of tensors"
-    yield written("model.png", TINY.read_bytes()), "neither .safetensors nor .ckpt"
+    yield tmp_path / "absent.safetensors", "no such file"
+    yield tmp_path / "lost.ckpt", "no such file: .*lost.ckpt is a link to .*0123, which is not there"
+    yield written("noise.ckpt", b"\x93" * 999), "noise.ckpt is neither .safetensors nor .ckpt"
+    yield written("empty.ckpt", b""), "empty.ckpt is empty: download it again"
+    yield written("torn.ckpt", (tmp_path / "whole.ckpt").read_bytes()[:-5000]), "torn.ckpt is no whole .ckpt file"
+    yield written("torn.safetensors", whole[:-1000]), "torn.safetensors is no whole .safetensors file"
+    yield tmp_path / "list.ckpt", "holds no tensors by name"
+    yield tmp_path / "numbers.ckpt", "holds no tensors by name"
+    for begin, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer.*: run git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>", "is a web page, not a checkpoint: download the file itself"),
+        (b"GGUF\3\0\0\0", "is a GGUF file.*: give the .safetensors file that it was made from"),
+        (b"\x89PNG\r\n", "is a picture: to repeat it, give it with --from"),
+        (b'{"_class_name": "x"}', "is a JSON file: give the file of weights that it belongs to"),
+    ):
+        yield written("downloaded.safetensors", begin + bytes(99)), f"downloaded.safetensors {message}"
 
 
 def test_unusable_files_are_one_line_that_names_the_trouble(tmp_path, tensors):

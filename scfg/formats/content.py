@@ -1,0 +1,50 @@
+"""From a path to the tensors in it; the first bytes decide what a file is, not its suffix."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..errors import BadInput
+from .pickled import read_pickled
+
+KINDS = (  # how files begin that are no checkpoint -> what they are and what to do
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run git lfs pull, or download the file"),
+    (b"<!doctype", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
+    (b"<html", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
+    (b"<?xml", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
+    (b"gguf", "is a GGUF file, whose weights are quantised: give the .safetensors file that it was made from"),
+    (b"\x89png", "is a picture: to repeat it, give it with --from"),
+    (b"\xff\xd8\xff", "is a picture"),
+    (b"rar!", "is a RAR archive: unpack it first"),
+    (b"7z\xbc\xaf", "is a 7z archive: unpack it first"),
+    (b"\x1f\x8b", "is a gzip archive: unpack it first"),
+    (b"{", "is a JSON file: give the file of weights that it belongs to"),
+)
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors by its own names, memory-mapped where the format allows it, and its metadata."""
+    check_exists(path)
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if begin[8:9] == b"{":
+        source = checkpoint.read(path)
+        return source.tensors, source.metadata
+    for mark, what in KINDS:
+        if begin.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(mark):
+            raise BadInput(f"{path} {what}")
+    if begin.startswith(b"PK") or begin.startswith(b"\x80"):
+        return read_pickled(path), {}
+    if not begin.strip(b"\0"):
+        raise BadInput(f"{path} is empty: download it again")
+    raise BadInput(f"{path} is neither .safetensors nor .ckpt by its content: give a Stable Diffusion checkpoint")
+
+
+def check_exists(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise BadInput(f"no such file: {path} is a link to {path.readlink()}, which is not there")
+    if not path.exists():
+        raise BadInput(f"no such file: {path}")
+    if not path.is_file():
+        raise BadInput(f"{path} is a folder, not a file")

@@ -1,0 +1,112 @@
+"""Folders as diffusers writes them: each part with its weights and its config.json, a tokenizer, a scheduler."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import BadInput
+from .content import read_file
+
+NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a part's files of weights, before their suffixes
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+SPACINGS = ("leading", "linspace", "trailing")
+EXACT_ZERO, NEARLY_ZERO = 1e-20, 2.0**-24  # the last cumulative alpha: DDIM's is 0, others keep this
+
+
+class Folder(NamedTuple):
+    tensors: dict[str, Tensor]  # by diffusers' names, each part's after its folder's: "unet.conv_in.weight"
+    schedule: dict[str, Any]  # fields of the Schedule that scheduler_config.json states
+    config: dict[str, Any]  # and of the Config
+    tokenizer: Path | None
+
+
+def read_folder(path: Path, ema: bool) -> Folder:
+    """A pipeline's folder, or that of one part of it, such as unet/."""
+    if not (path / "model_index.json").is_file() and not (path / "unet").is_dir():
+        if weights_of(path):
+            return Folder(read_part(path, path.name), {}, {}, None)
+        held = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES and not file.is_dir())
+        instead = f"give a file in it: {', '.join(held[:5])}" if held else "give a checkpoint, or such a folder"
+        raise BadInput(f"{path} is a folder, but none of diffusers' (it has no model_index.json): {instead}")
+    if not (path / "unet").is_dir():
+        kind = read_json(path / "model_index.json").get("_class_name", "pipeline")
+        raise BadInput(f"{path} is a {kind}, which has no U-Net: give a Stable Diffusion 1.x, 2.x or XL model")
+    unet = "unet_ema" if ema and (path / "unet_ema").is_dir() else "unet"
+    if ema and unet == "unet":
+        raise BadInput(f"{path} has no averaged weights apart (no unet_ema/): leave --ema out")
+    tensors = read_part(path / unet, "unet")
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if (path / name).is_dir() and weights_of(path / name):
+            tensors |= read_part(path / name, name)
+    if not any(name.startswith("text_encoder.") for name in tensors):  # a refiner's only tower
+        tensors = {name.replace("text_encoder_2.", "text_encoder.", 1): tensor for name, tensor in tensors.items()}
+    tokenizers = [path / name for name in ("tokenizer", "tokenizer_2") if (path / name).is_dir()]
+    schedule, config = scheduler_of(path)
+    return Folder(tensors, schedule, config | vae_of(path), tokenizers[0] if tokenizers else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise BadInput(f"{path} is no JSON ({error}): download it again") from None
+    return found if isinstance(found, dict) else {}
+
+
+def weights_of(folder: Path) -> Path | None:
+    """The file of a part's weights, or the index of several: full precision before others, .safetensors before .bin."""
+    files = [file for file in folder.iterdir() if file.name.split(".")[0] in NAMES] if folder.is_dir() else []
+
+    def order(file: Path) -> tuple[bool, bool, int, str]:
+        words = file.name.split(".")
+        variants = [word for word in words[1:] if word not in ("safetensors", "bin", "index", "json")]
+        shard = bool(variants and "-of-" in variants[0]) or "-of-" in words[0]
+        return shard, "safetensors" not in words, len(variants) and 1 + ("fp16" not in variants), file.name
+
+    usable = [file for file in files if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")]
+    return min(usable, key=order, default=None)
+
+
+def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The weights of one part, by the names in its files after the prefix."""
+    file = weights_of(folder)
+    if file is None:
+        raise BadInput(f"{folder} has no file of weights: download the folder whole")
+    files = [file]
+    if file.name.endswith(".index.json"):
+        shards = read_json(file).get("weight_map", {})
+        files = [folder / name for name in sorted(set(shards.values()))]
+    tensors = {name: tensor for one in files for name, tensor in read_file(one)[0].items()}
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def scheduler_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What scheduler/scheduler_config.json states: fields of the Schedule, and of the Config."""
+    said = read_json(path / "scheduler" / "scheduler_config.json")
+    predictions = {"epsilon": "eps", "v_prediction": "v"}
+    schedule: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if not said:
+        return schedule, config
+    kind, predicted = said.get("_class_name", ""), said.get("prediction_type", "epsilon")
+    if predicted not in predictions or said.get("beta_schedule", "scaled_linear") != "scaled_linear":
+        what = f"{said.get('beta_schedule')} betas, prediction of {predicted}"
+        raise BadInput(f"{path}/scheduler: {what}: supported are scaled_linear betas, epsilon and v_prediction")
+    schedule["prediction"] = predictions[predicted]
+    sizes = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps"}
+    schedule |= {ours: said[theirs] for theirs, ours in sizes.items() if theirs in said}
+    if said.get("rescale_betas_zero_snr"):
+        schedule["terminal_alpha"] = EXACT_ZERO if kind == "DDIMScheduler" else NEARLY_ZERO
+    if said.get("use_karras_sigmas"):
+        config["spacing"] = "karras"
+    elif said.get("timestep_spacing") in SPACINGS:
+        config["spacing"] = said["timestep_spacing"]
+    return schedule, config
+
+
+def vae_of(path: Path) -> dict[str, Any]:
+    """What vae/config.json states of the latents."""
+    said = read_json(path / "vae" / "config.json")
+    return {"latent_scale": said["scaling_factor"]} if "scaling_factor" in said else {}

@@ -1,0 +1,85 @@
+"""A model back into one file in the original layout."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import FIRST_STAGE, UNET
+from ..diffusion import Diffusion
+from ..errors import BadInput
+from ..text import Tower
+from ..unet import UNet
+
+OPEN_CLIP = (  # transformers' names -> open_clip's
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
+    (r"^embeddings\.token_embedding\.", "token_embedding."),
+    (r"^encoder\.layers\.", "transformer.resblocks."),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"\.layer_norm(\d)\.", r".ln_\1."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+)
+
+
+def save(model: Diffusion, path: str | Path) -> None:
+    """Write a model as a .safetensors file in the original layout, whole or not at all.
+
+    Its config and its tokenizer, if it has one yet, are in the file's metadata, from which `scfg.load` takes them.
+    Raises BadInput for a model that was packed for the CPU, whose weights are no longer the originals.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadInput(f"{path}: a model is saved as .safetensors: give a name that ends so")
+    with torch.device("meta"):
+        wanted = {name: value.shape for name, value in UNet(model.config.unet).state_dict().items()}
+    own = model.unet.state_dict()
+    if {name: value.shape for name, value in own.items()} != wanted:
+        raise BadInput("this model's weights are packed for the CPU: save it before scfg.cpu.pack")
+    tensors = {UNET + name: value for name, value in own.items()}
+    tensors |= {FIRST_STAGE + name: value for name, value in model.vae.state_dict().items()}
+    metadata = {"scfg.config": json.dumps(model.config.to_dict())}
+    if model.text:
+        for tower in model.text.towers:
+            tensors |= {tower.config.prefix + name: value for name, value in tower_tensors(tower).items()}
+        metadata |= tokenizer_of(model.text.tokenizer) | {"scfg.words": json.dumps(sorted(model.text.known_words))}
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def tower_tensors(tower: Tower) -> dict[str, Tensor]:
+    """A text tower's tensors by original names, those of transformers or of open_clip."""
+    tensors = tower.state_dict()
+    if tower.config.prefix.endswith(".transformer."):
+        return {name.replace("transformer.", "text_model.", 1): value for name, value in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name == "text_projection.weight":
+            found["text_projection"] = value.T
+            continue
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            value = torch.cat([tensors[name.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"])
+        name = name.removeprefix("transformer.")
+        for pattern, original in OPEN_CLIP:
+            name = re.sub(pattern, original, name)
+        found[name.replace(".q_proj.", ".in_proj_")] = value
+    return found
+
+
+def tokenizer_of(tokenizer: Any) -> dict[str, str]:
+    """The metadata of a file that carries its tokenizer."""
+    if tokenizer is None:
+        return {}
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return {"scfg.vocab": json.dumps(bpe["vocab"]), "scfg.merges": json.dumps([list(pair) for pair in bpe["merges"]])}
