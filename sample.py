@@ -19,8 +19,7 @@ def run(args: Namespace) -> Tensor:
     """Make and write all pictures; returns their final latents (count c h w)."""
     times = [time.perf_counter()]
     model = cli.load(args.checkpoint, args)
-    prompt = cli.prompt_of(model, args)
-    job = cli.plan(model, prompt, args)
+    job = cli.plan(model, args)
     cli.check_writable(args.out)
     print(cli.summary(args, model))
     times += [time.perf_counter(), 0.0, 0.0]
@@ -36,7 +35,7 @@ def run(args: Namespace) -> Tensor:
                 record.add(step)
                 progress.update(len(seeds))
             sampled = time.perf_counter()
-            write(model, prompt, args, seeds, step.latent, record)
+            write(model, job.prompt.chunk, args, seeds, step.latent, record)
             times[2] += sampled - started
             times[3] += time.perf_counter() - sampled
             latents.append(step.latent)
@@ -48,14 +47,14 @@ def run(args: Namespace) -> Tensor:
 
 
 def write(
-    model: scfg.Diffusion, prompt: scfg.Prompt, args: Namespace, seeds: Sequence[int], latents: Tensor, record: Record
+    model: scfg.Diffusion, chunk: int | None, args: Namespace, seeds: Sequence[int], latents: Tensor, record: Record
 ) -> None:
     """Decode a batch, one by one to save memory, and write every picture with its regions beside it."""
     for i, seed in enumerate(seeds):
         picture = to_image(model.decode(latents[i : i + 1])[0])
         name, text = f"{cli.next_number(args.out):05d}-{seed}", cli.parameters(args, model, seeds, i, picture)
         title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
-        regions = sheet(picture, record.scores[i], record.scale[i], prompt.words[0], title, prompt.chunk)
+        regions = sheet(picture, record.scores[i], record.scale[i], record.words[0], title, chunk)
         cli.save(regions, args.out / f"{name}-regions.png", text)
         cli.save(picture, args.out / f"{name}.png", text)
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from .config import SD1, SD2_V, SDXL, SDXL_REFINER, Config, TextConfig, VAEConfig
 from .errors import BadInput
-from .text import Text
+from .text import Text, Tower
 from .unet import UNet
 from .vae import VAE
 
@@ -38,10 +39,6 @@ OPEN_CLIP = {  # its names, as patterns -> transformers', for a tower's paramete
 Network = TypeVar("Network", bound=nn.Module)
 Tensors = dict[str, Tensor]
 Metadata = dict[str, str]
-
-
-class NotOriginal(BadInput):
-    """A file is not whole in the original layout; the formats wing may know its layout."""
 
 
 class Source(NamedTuple):
@@ -69,7 +66,7 @@ def read(path: Path) -> Source:
         with safe_open(path, "pt") as file:
             return Source({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})
     except SafetensorError as error:
-        raise NotOriginal(f"{path} is no whole .safetensors file ({error}): download it again") from None
+        raise BadInput(f"{path} is no whole .safetensors file ({error}): download it again") from None
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
@@ -79,7 +76,7 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
 
 def shape(tensors: Tensors, name: str) -> torch.Size:
     if name not in tensors:
-        raise NotOriginal(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
+        raise BadInput(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
     return tensors[name].shape
 
 
@@ -149,16 +146,12 @@ def tower_sizes(tower: TextConfig, tensors: Tensors) -> TextConfig:
 
     A tower of the family's own width has all of the family's layers: the last ones must not be missing unnoticed.
     """
-    shapes = {name.removeprefix("transformer."): tensor.shape for name, tensor in tensors.items()}
-    if not shapes:
+    if not tensors:
         return tower
-    try:
-        vocabulary, width = shapes["embeddings.token_embedding.weight"]
-        length, _ = shapes["embeddings.position_embedding.weight"]
-        pooled = shapes["text_projection.weight"][0] if tower.pooled else 0
-    except KeyError as error:
-        raise NotOriginal(f"missing from the text tower {tower.prefix}: {error.args[0]}") from None
-    found = {name.split(".")[2] for name in shapes if name.startswith("encoder.layers.")}
+    vocabulary, width = shape(tensors, "transformer.embeddings.token_embedding.weight")
+    length, _ = shape(tensors, "transformer.embeddings.position_embedding.weight")
+    pooled = shape(tensors, "text_projection.weight")[0] if tower.pooled else 0
+    found = {name.split(".")[3] for name in tensors if name.startswith("transformer.encoder.layers.")}
     layers = tower.layers if width == tower.width else len(found)
     heads = max(1, width // 64)
     return replace(tower, width=width, layers=layers, heads=heads, length=length, vocabulary=vocabulary, pooled=pooled)
@@ -173,17 +166,14 @@ def build(
     """
     with torch.device("meta"):
         module = make()
-    wanted = {name: list(value.shape) for name, value in module.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
+    wanted, found = ({name: list(of[name].shape) for name in of} for of in (module.state_dict(), tensors))
     complaints = [f"missing {label(name)}" for name in wanted.keys() - found.keys()]
     complaints += [f"unexpected {label(name)}" for name in found.keys() - wanted.keys()]
-    complaints += [
-        f"{label(k)} holds {tensor.dtype}" for k, tensor in tensors.items() if not tensor.is_floating_point()
-    ]
-    both = wanted.keys() & found.keys()
-    complaints += [
-        f"{label(name)} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]
-    ]
+    for name in wanted.keys() & found.keys():
+        if found[name] != wanted[name]:
+            complaints.append(f"{label(name)} is {found[name]}, not {wanted[name]}")
+        elif not tensors[name].is_floating_point():
+            complaints.append(f"{label(name)} holds {tensors[name].dtype}")
     if not complaints:
         module.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return module.eval().requires_grad_(False), sorted(complaints)
@@ -201,7 +191,7 @@ def load_parts(
             source = read(paths[0])
             if "modelspec.prediction_type" not in source.metadata:  # formats obeys it
                 return assemble(paths[0], source, dtype)
-    except NotOriginal:
+    except BadInput:
         pass
     from . import formats
 
@@ -219,59 +209,45 @@ def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
         config = source.config or stated_config(source.metadata) or recognise(source.tensors)
         parts, complaints = build_parts(config, source, dtype)
     except BadInput as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # absurd shapes or metadata break the building of networks anywhere
         line = str(error).split("\n")[0]
         raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
     if complaints:
-        raise NotOriginal(f"{path} is no whole {config.name} checkpoint: {shortened(complaints)}")
+        raise BadInput(f"{path} is no whole {config.name} checkpoint: {shortened(complaints)}")
     return parts
 
 
 def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[LoadedParts, list[str]]:
     """The networks, and complaints about tensors that are missing, left over or of other shapes."""
-    tensors = source.tensors
     if config.unet.in_channels != config.vae.latent_channels:
         what = f"the U-Net takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}"
-        raise NotOriginal(f"{what}: only text-to-image checkpoints are supported")
-    for tower in config.text:
-        if not with_prefix(tensors, tower.prefix):
-            raise NotOriginal(f"this is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
+        raise BadInput(f"{what}: only text-to-image checkpoints are supported")
+    prefixes = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
+    left = [name for name in source.tensors if not name.startswith(prefixes)]
+    complaints = [f"unexpected {source.names.get(name, name)}" for name in left]
 
-    def named(prefix: str) -> Callable[[str], str]:
-        return lambda name: source.names.get(prefix + name, prefix + name)
+    def part(make: Callable[[], Network], prefix: str, own: Tensors, dtype: torch.dtype = dtype) -> Network:
+        network, found = build(make, own, dtype, lambda name: source.names.get(prefix + name, prefix + name))
+        complaints.extend(found)
+        return network
 
-    unet, complaints = build(lambda: UNet(config.unet), with_prefix(tensors, UNET), dtype, named(UNET))
     vae_dtype = torch.float32 if config.vae.overflows and dtype == torch.float16 else dtype
-    own = with_prefix(tensors, FIRST_STAGE)
-    vae, of_vae = build(lambda: VAE(config.vae), own, vae_dtype, named(FIRST_STAGE))
-    text, of_text = build_text(config, source, dtype)
-    known = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
-    complaints += of_vae + of_text
-    complaints += [f"unexpected {named('')(name)}" for name in tensors if not name.startswith(known)]
-    knows_prediction = source.knows_prediction or "scfg.config" in source.metadata
-    return LoadedParts(config, unet, vae, text, knows_prediction), complaints
+    unet = part(lambda: UNet(config.unet), UNET, with_prefix(source.tensors, UNET))
+    vae = part(lambda: VAE(config.vae), FIRST_STAGE, with_prefix(source.tensors, FIRST_STAGE), vae_dtype)
+    towers = []
+    for tower in config.text:
+        if not (own := with_prefix(source.tensors, tower.prefix)):
+            raise BadInput(f"this is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
+        towers.append(part(partial(Tower, tower), tower.prefix, tower_tensors(own)))
+    known_words = json.loads(source.metadata.get("scfg.words", "[]"))
+    text = Text(towers, source.tokenizer or stated_tokenizer(source.metadata), known_words) if towers else None
+    return LoadedParts(config, unet, vae, text, source.knows_prediction or "scfg.config" in source.metadata), complaints
 
 
-def build_text(config: Config, source: Source, dtype: torch.dtype) -> tuple[Text | None, list[str]]:
-    """The text towers and their tokenizer, which may be looked for later, and complaints as of `build`."""
-    if not config.text:
-        return None, []
-    tokenizer, metadata = source.tokenizer, source.metadata
-    if tokenizer is None and "scfg.vocab" in metadata:
-        merges = list(map(tuple, json.loads(metadata["scfg.merges"])))
-        # transformers annotates merges as text and takes pairs
-        tokenizer = CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]
-    towers: Tensors = {}
-    for i, tower in enumerate(config.text):
-        own = tower_tensors(with_prefix(source.tensors, tower.prefix))
-        towers |= {f"towers.{i}.{name}": tensor for name, tensor in own.items()}
-    known_words = json.loads(metadata.get("scfg.words", "[]"))
-
-    def label(name: str) -> str:
-        _, tower, rest = name.split(".", 2)
-        return config.text[int(tower)].prefix + rest.removeprefix("transformer.")
-
-    text, complaints = build(lambda: Text(config.text, tokenizer, known_words), towers, dtype, label)
-    text.restore_buffers()
-    return text, complaints
+def stated_tokenizer(metadata: Metadata) -> CLIPTokenizer | None:
+    """The tokenizer that a file carries; without one, CLIP's own is looked for when first needed."""
+    if "scfg.vocab" not in metadata:
+        return None
+    merges = list(map(tuple, json.loads(metadata["scfg.merges"])))  # transformers annotates them as text
+    return CLIPTokenizer(vocab=json.loads(metadata["scfg.vocab"]), merges=merges)  # type: ignore[arg-type]

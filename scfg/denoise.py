@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .guidance import Guidance, Outputs, Row
 from .schedule import Moment, Schedule
-from .segment import Recipe, Regions
+from .segment import Recipe, Regions, Tokens
 from .text import Conditioner
 from .unet import Capture, Maps
 
@@ -25,6 +25,7 @@ class Evaluated(NamedTuple):
     completed: dict[str, list[Tensor]]  # by row, the completed maps (b t h w) of the blocks that regions are read from
     maps: dict[str, Maps]  # by block, of the rows with the default attention, one after the other
     flags: dict[str, Tensor]  # of the conditioning: message -> (b)
+    layout: Tokens  # of the tokens that the maps describe
 
 
 class Denoised(NamedTuple):
@@ -57,12 +58,12 @@ class Denoiser:
         now = self.schedule.moment(sigma)
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)
-        out, completed, maps, flags = self.evaluate(x, now, rows, previous, recipe)
+        out, completed, maps, flags, layout = self.evaluate(x, now, rows, previous, recipe)
         cond, uncond, perturbed = out["cond"], out.get("uncond"), out.get("perturbed")
 
-        regions, zeros = None, self.prompt.layout.zero_uncond
+        regions, zeros = None, layout.zero_uncond
         if recipe:
-            regions = recipe.assign(completed["cond"], completed.get("uncond"), self.prompt.layout)
+            regions = recipe.assign(completed["cond"], completed.get("uncond"), layout)
             if recipe.foreground == "uncond" and uncond is not None and zeros is not None:
                 flags[ZEROS] = zeros
 
@@ -82,7 +83,7 @@ class Denoiser:
         """What the network computes for the rows; those of one attention function share a call."""
         scaled, t = (x / math.sqrt(now.sigma**2 + 1)).to(self.dtype), x.new_full((len(x),), now.t)
         pixels = math.prod(math.ceil(side / self.map_divisor) for side in x.shape[-2:]) if recipe else 0
-        out, completed, maps = {}, {}, {}
+        out, completed, maps, layout = {}, {}, {}, self.prompt.layout
         flags: dict[str, Tensor] = {}
         for attend in dict.fromkeys(row.attend for row in rows):
             group = [row for row in rows if row.attend == attend]
@@ -94,10 +95,12 @@ class Denoiser:
                 maps = {name: self.capture.make(block) for name, block in captured.items()}
                 small = {name: block for name, block in captured.items() if math.prod(block.size) <= pixels}
                 captured = {name: recipe.complete(block) for name, block in small.items()} if recipe else {}
+            output, blocks = conditioning.merge(output, list(captured.values()))
             for i, row in enumerate(group):
                 out[row.name] = output.chunk(len(group))[i].to(x.dtype)
-                completed[row.name] = [block.chunk(len(group))[i] for block in captured.values()]
-        return Evaluated(out, completed, maps, flags)
+                completed[row.name] = [block.chunk(len(group))[i] for block in blocks]
+            layout = conditioning.layout or layout
+        return Evaluated(out, completed, maps, flags, layout)
 
     def wanted(self, recipe: Recipe | None, pixels: int) -> Capture | None:
         """What the network captures: raw maps if the caller asked for maps, else the recipe's completed maps."""

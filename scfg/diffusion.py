@@ -140,11 +140,12 @@ class Diffusion:
     def sigmas(self, steps: int, sampler: str | Sampler = "dpmpp_2m", spacing: Spacing | None = None) -> list[float]:
         """The steps + 1 noise levels of a run, as is usual for the sampler; spacing: in place of the native one."""
         sampler = sampler if isinstance(sampler, str) else getattr(getattr(sampler, "func", sampler), "__name__", "")
-        multistep, ddim = sampler in MULTISTEP, sampler == "ddim"
-        levels = self.config.schedule.spaced(
-            spacing or self.spacing(sampler), steps, rounded=multistep or ddim, drop_lowest=multistep, to_zero=not ddim
-        )
-        if levels[0] < self.config.schedule.sigmas[-1] / 5:
+        multistep, ddim, schedule = sampler in MULTISTEP, sampler == "ddim", self.config.schedule
+        to_zero = schedule.ddim_to_zero if ddim else True
+        levels = schedule.spaced(spacing or self.spacing(sampler), steps, multistep or ddim, multistep, to_zero)
+        if ddim and schedule.terminal_alpha and levels[0] == schedule.sigmas[-1]:
+            levels[0] = 1e10  # noise alone, which DDIM's step can start from
+        if levels[0] < schedule.sigmas[-1] / 5:
             what = f"{steps} such steps start at sigma {levels[0]:.2g}, far from pure noise"
             warnings.warn(f"{what}: take more, or trailing", stacklevel=2)
         return levels

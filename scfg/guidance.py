@@ -33,7 +33,7 @@ class Row(NamedTuple):
     """One output that a guided step needs; rows of one attention function share a call of the network."""
 
     name: str
-    text: Literal["uncond", "cond"]
+    text: str  # "uncond" or "cond", or a further text of a wing's prompt
     attend: Attend | None = None
 
 

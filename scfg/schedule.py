@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .errors import BadInput
 
-Spacing = Literal["leading", "linspace", "trailing", "karras"]
+Spacing = Literal["leading", "linspace", "trailing", "karras", "lcm"]
 Prediction = Literal["eps", "v"]
+DISTILLED = 50  # the timesteps that an LCM was distilled on (2310.04378)
 
 
 class Moment(NamedTuple):
@@ -39,9 +40,9 @@ class Schedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
-    terminal_alpha: float | None = (
-        None  # zero terminal SNR, whose last a is this in place of 0; None: betas as they are
-    )
+    terminal_alpha: float | None = None  # zero terminal SNR, with this in place of the last a, 0; None: without
+    leading_offset: int = 1  # added to the timesteps of leading spacing
+    ddim_to_zero: bool | None = None  # whether DDIM ends at 0 or at sigma(0), see `spaced`
 
     @cached_property
     def sigmas(self) -> np.ndarray:
@@ -69,28 +70,38 @@ class Schedule:
         return Moment(sigma, t, 1 - t / (self.timesteps - 1), dx0_dx, dx0_dout)
 
     def spaced(
-        self, spacing: Spacing, steps: int, rounded: bool = False, drop_lowest: bool = False, to_zero: bool = True
+        self,
+        spacing: Spacing,
+        steps: int,
+        rounded: bool = False,
+        drop_lowest: bool = False,
+        to_zero: bool | None = True,
     ) -> list[float]:
         """The `steps + 1` sigmas of a run, falling; the last is where it ends.
 
         linspace: timesteps are rounded or not, and with drop_lowest one point more is spread and the lowest left out.
-        leading: the run ends at 0 or at sigma(0).
+        to_zero: the run ends at 0 or, but for karras, at sigma(0); None: at sigma(0) for leading alone.
         """
-        if not 1 <= steps <= self.timesteps:
-            raise BadInput(f"steps are 1 to {self.timesteps}, as many as the training's, not {steps}")
+        most = DISTILLED if spacing == "lcm" else self.timesteps
+        if not 1 <= steps <= most:
+            raise BadInput(f"steps are 1 to {most}, as many as the training's, not {steps}")
         if spacing == "karras":  # Karras et al. 2022 (2206.00364), eq. 5 with rho = 7
             ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
             return [*(ramp**7).tolist(), 0.0]
-        drop = int(drop_lowest and steps < self.timesteps)
-        if spacing == "leading":  # the offset of one has no room where every timestep is a step
-            index = np.arange(drop, steps + drop) * (self.timesteps // (steps + drop))
-            index = (index + (steps + drop < self.timesteps))[::-1]
-            return [*self.sigmas[index].tolist(), 0.0 if to_zero or steps == self.timesteps else float(self.sigmas[0])]
-        if spacing == "linspace":
+        drop, every = int(drop_lowest and steps < self.timesteps), np.arange(self.timesteps)
+        t: np.ndarray
+        if spacing == "leading":  # its offset has no room where every timestep is a step
+            offset = self.leading_offset * (steps + drop < self.timesteps)
+            t = (every[drop : steps + drop] * (self.timesteps // (steps + drop)) + offset)[::-1]
+        elif spacing == "linspace":
             t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]
             t = t.round() if rounded else t
         elif spacing == "trailing":
             t = (self.timesteps - np.arange(steps) * self.timesteps / steps).round() - 1
+        elif spacing == "lcm":
+            t = every[:: -self.timesteps // most][np.arange(steps) * most // steps]
         else:
             raise BadInput(f"spacing is one of {', '.join(get_args(Spacing))}, not {spacing!r}")
-        return [*np.exp(np.interp(t, np.arange(self.timesteps), np.log(self.sigmas))).tolist(), 0.0]
+        levels = self.sigmas[t] if spacing == "leading" else np.exp(np.interp(t, every, np.log(self.sigmas)))
+        to_zero = spacing != "leading" if to_zero is None else to_zero
+        return [*levels.tolist(), 0.0 if to_zero or t[-1] == 0 else float(self.sigmas[0])]

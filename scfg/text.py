@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +37,7 @@ class PromptLike(Protocol):
 class Prompt:
     """The encoded texts of b pictures, or of one for all."""
 
-    context: dict[str, Tensor]  # "uncond" and "cond", each (b t d)
+    context: dict[str, Tensor]  # "uncond", "cond" and further texts of a wing's, each (b t d)
     pooled: dict[str, Tensor] = field(default_factory=dict)  # uncond and cond (b p): the whole text, for XL
     words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
     chunk: int | None = None  # tokens from one start token of a long text to the next; None: the text is one chunk
@@ -53,7 +53,7 @@ class Prompt:
         """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
         if config.unet.vector_dim and not self.pooled:
             raise BadInput(f"{config.name} takes the pooled text too: give Prompt(context=..., pooled=...)")
-        if set(self.context) != {"uncond", "cond"}:
+        if not {"uncond", "cond"} <= set(self.context):
             raise BadInput(f"a prompt's context has uncond and cond, not {', '.join(self.context) or 'nothing'}")
         longest = max(states.shape[1] for states in self.context.values())
         tokens, weight, filled = {}, {}, False
@@ -88,7 +88,7 @@ class Conditioner:
         tokens = self.stack(self.tokens, texts, shape[0])
         weight = self.stack(self.weight, texts, shape[0]) if self.weight else None
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
-        return Conditioning(tokens, vector, weight, tokens.shape[1])
+        return Conditioning(tokens, vector, weight, tokens.shape[1], texts=texts)
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:
         """Every row's text, expanded to all pictures, one after the other: (r*b ...)."""
@@ -159,6 +159,9 @@ class Tower(nn.Module):
         clip.num_hidden_layers, clip.num_attention_heads = config.layers, config.heads
         clip.max_position_embeddings, clip.hidden_act = config.length, config.activation
         self.transformer = CLIPTextModel(clip)
+        embeddings: Any = self.transformer.embeddings
+        # in no checkpoint, so that it holds numbers also where the tower is built on meta
+        embeddings.position_ids = torch.arange(config.length, device="cpu")[None]
         if config.pooled:
             self.text_projection = nn.Linear(config.width, config.pooled, bias=False)
 
@@ -187,19 +190,13 @@ class Tower(nn.Module):
 class Text(nn.Module):
     """The text towers of a family and the tokenizer that they share."""
 
-    def __init__(self, towers: Sequence[TextConfig], tokenizer: CLIPTokenizer | None = None, known: Sequence[str] = ()):
+    def __init__(self, towers: Iterable[Tower], tokenizer: CLIPTokenizer | None = None, known: Sequence[str] = ()):
         super().__init__()
         # a ModuleList does not say what it holds
-        self.towers: Sequence[Tower] = nn.ModuleList(map(Tower, towers))  # type: ignore[assignment]
+        self.towers: Sequence[Tower] = nn.ModuleList(towers)  # type: ignore[assignment]
         self.tokenizer = tokenizer  # None: CLIP's own, looked for when first needed
         self.known_words = frozenset(known)  # words that the model was trained on; empty: no check
-        self.length = towers[0].length  # tokens that a tower reads at once, start and end included
-
-    def restore_buffers(self) -> None:
-        """Make the buffers that no checkpoint holds, after building on meta."""
-        for tower in self.towers:
-            embeddings: Any = tower.transformer.embeddings
-            embeddings.position_ids = torch.arange(tower.config.length)[None]
+        self.length = self.towers[0].config.length  # tokens that a tower reads at once, start and end included
 
     def checked_tokenizer(self) -> CLIPTokenizer:
         """The tokenizer, by default CLIP's own; raises BadInput if it is not that of the towers."""

@@ -25,7 +25,7 @@ from scfg.config import Config
 from scfg.evaluate.judge import SIDE, Judge
 from scfg.flatland import FLATLAND
 from scfg.formats import vocabulary
-from scfg.text import Text
+from scfg.text import Text, Tower
 from scfg.unet import Conditioning, UNet
 from scfg.vae import VAE
 
@@ -283,7 +283,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.unet = UNet(config.unet)
-        self.text = Text(config.text, world_tokenizer())
+        self.text = Text(map(Tower, config.text), world_tokenizer())
         self.layout = Layout(config.unet.context_dim)
 
 

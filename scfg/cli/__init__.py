@@ -2,8 +2,8 @@
 
 from .arguments import parse
 from .files import check_writable, next_number, parameters, save
-from .job import Job, in_short, load, plan, prompt_of, summary
+from .job import Job, in_short, load, plan, summary
 from .shell import reporting_errors
 
-__all__ = ["Job", "check_writable", "in_short", "load", "next_number", "parameters", "parse", "plan", "prompt_of"]
+__all__ = ["Job", "check_writable", "in_short", "load", "next_number", "parameters", "parse", "plan"]
 __all__ += ["reporting_errors", "save", "summary"]

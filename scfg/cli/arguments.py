@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import NoReturn, get_args
 
 import torch
 
-from ..config import FAMILIES
+from ..config import FAMILIES, Emphasis
 from ..data import from_dict
 from ..errors import BadInput
 from ..flatland import FLATLAND, WORDS
@@ -68,6 +69,31 @@ def guidance(text: str) -> str | Guidance:
     except (BadInput, OSError, ValueError, RecursionError) as error:
         short = text if len(text) <= 60 else f"{text[:60]}..."
         raise argparse.ArgumentTypeError(f"{short!r}: {error}") from None
+
+
+def add_prompt(parser: Parser) -> None:
+    add = parser.add_argument_group("prompt, in the WebUI's language").add_argument
+    add(
+        "prompt",
+        nargs="?",
+        default="a red car left of a blue star on grass",
+        help="what the picture shows (default: %(default)s)",
+    )
+    add("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
+    add("--literal", action="store_true", help="take prompts as they are: brackets, AND and BREAK are text")
+    add(
+        "--emphasis",
+        choices=get_args(Emphasis),
+        help="how weights of words act: no-norm multiplies their encoding; original, the WebUI's, then brings its mean "
+        "back, which can destroy it (default: the family's, no-norm for SDXL and Flatland)",
+    )
+    add(
+        "--from",
+        dest="picture",
+        type=Path,
+        metavar="PICTURE",
+        help="repeat a picture by the settings in it; other options change them",
+    )
 
 
 def add_guidance(parser: Parser) -> None:
@@ -197,9 +223,9 @@ def add_run(parser: Parser) -> None:
     add("--size", type=size, metavar="WxH", help="of the picture in pixels (default: the family's own)")
     add(
         "--seed",
-        type=number(int, 0, 2**63 - 1),
+        type=number(int, -1, 2**63 - 1),
         default=0,
-        help="of the first picture; the others count on (default: %(default)s)",
+        help="of the first picture; the others count on; -1 draws one (default: %(default)s)",
     )
     add("--count", type=number(int, 1, 10000), default=1, help="pictures to make (default: %(default)s)")
     add(
@@ -229,7 +255,7 @@ def parse_with_picture(parser: Parser, argv: list[str]) -> tuple[argparse.Namesp
     if args.checkpoint is None and model != "Flatland":
         parser.error(f"{args.picture} was made by {model}: give its file with --checkpoint")
     for fact, option in infotext.FILES.items():
-        if fact in said.facts and getattr(args, option) is None:
+        if fact in said.facts and not getattr(args, option):
             parser.error(f"{args.picture} was made with {said.facts[fact]} as {fact}: give its file with --{option}")
     if args.checkpoint is not None and args.checkpoint.stem != model:
         warnings.warn(f"{args.picture} was made by {model}, not by {args.checkpoint.stem}", stacklevel=3)
@@ -242,24 +268,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="A prompt in, a picture and its regions out.",
         epilog=f"Native to the families: {NATIVE}. The embedded model, Flatland, knows these words: {' '.join(WORDS)}.",
     )
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        default="a red car left of a blue star on grass",
-        help="what the picture shows (default: %(default)s)",
-    )
-    parser.add_argument("--negative", help="what it shall not show (default: the empty text, for SDXL zeros)")
-    parser.add_argument(
-        "--from",
-        dest="picture",
-        type=Path,
-        metavar="PICTURE",
-        help="repeat a picture by the settings in it; other options change them",
-    )
-    for add in (add_guidance, add_run, add_model, add_use, add_device):
+    for add in (add_prompt, add_guidance, add_run, add_model, add_use, add_device):
         add(parser)
     args, rest = parse_with_picture(parser, list(sys.argv[1:] if argv is None else argv))
     check(parser, args, rest)
+    if args.seed == -1:
+        args.seed = secrets.randbelow(2**32)
+        print(f"seed {args.seed} was drawn")
     return args
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 
+from ..config import Emphasis
 from ..errors import BadInput
 from ..schedule import Spacing
 from .arguments import SAMPLER_NAMES
@@ -24,7 +25,8 @@ OPTIONS = {  # facts whose values are options of sample.py as they stand
     "Precision": "dtype",
     "Refiner switch at": "refiner-from",
 }
-FILES = {"VAE": "vae", "Refiner": "refiner"}  # facts that only name a file
+FLAGS = {"EMA": "ema", "Zero terminal SNR": "zero-terminal-snr", "Literal": "literal"}  # facts that are True
+FILES = {"VAE": "vae", "Text encoder": "text", "Refiner": "refiner"}  # facts that only name a file
 
 
 class Infotext(NamedTuple):
@@ -88,6 +90,9 @@ def read_picture(path: Path) -> Infotext:
 def options(facts: Mapping[str, str]) -> list[str]:
     """The words of a command line that repeats what the facts say, for the same parser that reads typed ones."""
     words = [f"--{option}={facts[name]}" for name, option in OPTIONS.items() if name in facts]
+    words += [f"--{option}" for name, option in FLAGS.items() if facts.get(name) == "True"]
+    emphasis = facts.get("Emphasis", "").lower().replace(" ", "-")  # others write "No norm"
+    words += [f"--emphasis={emphasis}"] if emphasis in get_args(Emphasis) else []
     named = {name.lower(): sampler for sampler, name in SAMPLER_NAMES.items()}
     if "Sampler" in facts:
         words.append(f"--sampler={named.get(facts['Sampler'].lower(), facts['Sampler'])}")

@@ -4,7 +4,7 @@ import argparse
 import inspect
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..errors import BadInput
 from ..formats import check_prediction, with_zero_terminal_snr
 from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
 from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp
-from ..prompting import encode
+from ..prompting import ComposedPrompt, encode
 from ..regional import ByRegion, Part, RegionalPrompt
 from ..regional.area import find_phrase
 from ..report.record import middle_third, watch
@@ -32,9 +32,13 @@ from .files import scale_of
 CFG_PP_SCALE = 0.6  # what CFG++ (2406.08070) takes for SD 1.5
 
 
+RunPrompt = Prompt | ComposedPrompt | RegionalPrompt
+
+
 class Job(NamedTuple):
     """What is the same for all batches of a run."""
 
+    prompt: RunPrompt
     denoise: Denoise
     sampler: Sampler
     sigmas: list[float]
@@ -57,24 +61,19 @@ def load(path: Path | None, args: argparse.Namespace, main: bool = True) -> Diff
     return model
 
 
-def prompt_of(model: Diffusion, args: argparse.Namespace) -> Prompt | RegionalPrompt:
+def prompt_of(model: Diffusion, args: argparse.Namespace, sigmas: Sequence[float]) -> RunPrompt:
     """The prompt, its negative and the regions' own prompts, encoded; an area's word that is not there is an error."""
-    prompt = encode(model, args.prompt, args.negative, args.clip_skip)
+
+    def encoded(text: str, negative: str | None) -> Prompt | ComposedPrompt:
+        return encode(model, text, negative, args.clip_skip, sigmas, args.emphasis, args.literal)
+
+    prompt = encoded(args.prompt, args.negative)
     regions = getattr(args.guidance.scale, "regions", ()) if isinstance(args.guidance, Guidance) else ()
     for area in [one.area for one in (*args.region, *regions)]:
         for phrase in area.phrases:
             find_phrase(prompt.words[0], phrase)
-    parts = [
-        Part(
-            option.area,
-            encode(model, option.prompt, layer_from_end=args.clip_skip),
-            option.base,
-            option.start,
-            option.end,
-        )
-        for option in args.region
-        if option.prompt
-    ]
+    asked = [option for option in args.region if option.prompt]
+    parts = [Part(one.area, encoded(one.prompt, None), one.base, one.start, one.end) for one in asked]
     return RegionalPrompt(prompt, tuple(parts)) if parts else prompt
 
 
@@ -103,14 +102,18 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
     return partial(sampler, eta=args.eta)
 
 
-def plan(model: Diffusion, prompt: Prompt | RegionalPrompt, args: argparse.Namespace) -> Job:
-    """The denoise step, with a refiner where one is given, and its noise levels; fills in what is the family's own."""
+def plan(model: Diffusion, args: argparse.Namespace) -> Job:
+    """The prompt, the denoise step, with a refiner where one is given, and its noise levels.
+
+    Fills in the arguments that are the family's own.
+    """
     args.guidance = guidance = guidance_of(args, model)
     args.size = args.size or model.config.size
     args.spacing = args.spacing or model.spacing(args.sampler)
     model.latent_shape(args.size)  # a size that cannot be, said before any work
     sampler, sigmas = sampler_of(args), model.sigmas(args.steps, args.sampler, args.spacing)
     shown = {sigmas[i] for i in middle_third(args.steps)}
+    prompt = prompt_of(model, args, sigmas)
     denoise = watch(model.denoiser(prompt, guidance), shown)
     if args.refiner:
         args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
@@ -119,7 +122,7 @@ def plan(model: Diffusion, prompt: Prompt | RegionalPrompt, args: argparse.Names
         if schedule.time(sigmas[-2]) >= handover_time(schedule, args.refiner_from):
             what = f"none of the {args.steps} steps lies in its share of the timesteps"
             warnings.warn(f"the refiner never takes over: {what}", stacklevel=2)
-        late = watch(refiner.denoiser(prompt_of(refiner, args), guidance), shown)
+        late = watch(refiner.denoiser(prompt_of(refiner, args, sigmas), guidance), shown)
         denoise = hand_over(late, schedule, args.refiner_from)(denoise)
     elif model.config.aesthetic_scores:
         what = f"the {model.config.name} finishes what SDXL began and is poor at starting from noise"
@@ -128,7 +131,7 @@ def plan(model: Diffusion, prompt: Prompt | RegionalPrompt, args: argparse.Names
         warnings.warn("the scale of CFG++ lies between 0 and 1: try 0.6", stacklevel=2)
     for line in idle(args, model, guidance, sigmas[:-1]):
         warnings.warn(line, stacklevel=2)
-    return Job(denoise, sampler, sigmas)
+    return Job(prompt, denoise, sampler, sigmas)
 
 
 def idle(args: argparse.Namespace, model: Diffusion, guidance: Guidance, sigmas: list[float]) -> list[str]:

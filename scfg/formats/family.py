@@ -92,10 +92,8 @@ def config_of(tensors: Mapping[str, Tensor], schedule: Mapping[str, Any], fields
     if "prediction" in schedule:
         config = predicting(config, schedule["prediction"])
     config = replace(config, schedule=replace(config.schedule, **schedule))
-    spacing = {"spacing": "trailing"} if config.schedule.terminal_alpha else {}
-    if config.unet.guidance_dim:
-        spacing = {"spacing": "lcm"}
-    return replace(config, **{**spacing, **fields})
+    config = replace(config, **({"spacing": "trailing"} if config.schedule.terminal_alpha else {}) | dict(fields))
+    return replace(config, spacing="lcm") if config.unet.guidance_dim else config
 
 
 def relative(unet: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:

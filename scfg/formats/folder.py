@@ -1,6 +1,8 @@
 """Folders as diffusers writes them: each part with its weights and its config.json, a tokenizer, a scheduler."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,14 @@ from .content import read_file
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a part's files of weights, before their suffixes
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 SPACINGS = ("leading", "linspace", "trailing")
-EXACT_ZERO, NEARLY_ZERO = 1e-20, 2.0**-24  # the last cumulative alpha: DDIM's is 0, others keep this
+NEARLY_ZERO = 2.0**-24  # diffusers' last cumulative alpha in place of 0, so that sigma stays finite
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+BETAS = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps"}
+IGNORED = {
+    "clip_sample": False,
+    "thresholding": False,
+    "final_sigmas_type": "zero",
+}  # and what leaves them without effect
 
 
 class Folder(NamedTuple):
@@ -44,6 +53,9 @@ def read_folder(path: Path, ema: bool) -> Folder:
         tensors = {name.replace("text_encoder_2.", "text_encoder.", 1): tensor for name, tensor in tensors.items()}
     tokenizers = [path / name for name in ("tokenizer", "tokenizer_2") if (path / name).is_dir()]
     schedule, config = scheduler_of(path)
+    index = read_json(path / "model_index.json")
+    if "force_zeros_for_empty_prompt" in index:
+        config["zero_negative"] = bool(index["force_zeros_for_empty_prompt"])
     return Folder(tensors, schedule, config | vae_of(path), tokenizers[0] if tokenizers else None)
 
 
@@ -59,14 +71,17 @@ def weights_of(folder: Path) -> Path | None:
     """The file of a part's weights, or the index of several: full precision before others, .safetensors before .bin."""
     files = [file for file in folder.iterdir() if file.name.split(".")[0] in NAMES] if folder.is_dir() else []
 
-    def order(file: Path) -> tuple[bool, bool, int, str]:
+    def order(file: Path) -> tuple[bool, int, str]:
         words = file.name.split(".")
         variants = [word for word in words[1:] if word not in ("safetensors", "bin", "index", "json")]
-        shard = bool(variants and "-of-" in variants[0]) or "-of-" in words[0]
-        return shard, "safetensors" not in words, len(variants) and 1 + ("fp16" not in variants), file.name
+        return "safetensors" not in words, len(variants) and 1 + ("fp16" not in variants), file.name
 
-    usable = [file for file in files if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")]
+    usable = [file for file in files if file.suffix in (".safetensors", ".bin") or is_index(file)]
     return min(usable, key=order, default=None)
+
+
+def is_index(file: Path) -> bool:
+    return re.search(r"\.index(\.\w+)?\.json$", file.name) is not None
 
 
 def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -74,36 +89,33 @@ def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
     file = weights_of(folder)
     if file is None:
         raise BadInput(f"{folder} has no file of weights: download the folder whole")
-    files = [file]
-    if file.name.endswith(".index.json"):
-        shards = read_json(file).get("weight_map", {})
-        files = [folder / name for name in sorted(set(shards.values()))]
-    tensors = {name: tensor for one in files for name, tensor in read_file(one)[0].items()}
+    shards = set(read_json(file).get("weight_map", {}).values()) if is_index(file) else {file.name}
+    tensors = {name: tensor for shard in sorted(shards) for name, tensor in read_file(folder / shard)[0].items()}
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def scheduler_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What scheduler/scheduler_config.json states: fields of the Schedule, and of the Config."""
     said = read_json(path / "scheduler" / "scheduler_config.json")
-    predictions = {"epsilon": "eps", "v_prediction": "v"}
-    schedule: dict[str, Any] = {}
-    config: dict[str, Any] = {}
     if not said:
-        return schedule, config
-    kind, predicted = said.get("_class_name", ""), said.get("prediction_type", "epsilon")
-    if predicted not in predictions or said.get("beta_schedule", "scaled_linear") != "scaled_linear":
-        what = f"{said.get('beta_schedule')} betas, prediction of {predicted}"
+        return {}, {}
+    predicted, betas = said.get("prediction_type", "epsilon"), said.get("beta_schedule", "linear")
+    if predicted not in PREDICTIONS or betas != "scaled_linear" or said.get("trained_betas"):
+        what = f"{'trained' if said.get('trained_betas') else betas} betas, prediction of {predicted}"
         raise BadInput(f"{path}/scheduler: {what}: supported are scaled_linear betas, epsilon and v_prediction")
-    schedule["prediction"] = predictions[predicted]
-    sizes = {"beta_start": "beta_start", "beta_end": "beta_end", "num_train_timesteps": "timesteps"}
-    schedule |= {ours: said[theirs] for theirs, ours in sizes.items() if theirs in said}
+    asked = [name for name, without in IGNORED.items() if said.get(name, without) != without]
+    if asked:
+        warnings.warn(f"{path}/scheduler asks for {', '.join(asked)}, which does not act here", stacklevel=7)
+    schedule = {ours: said[theirs] for theirs, ours in BETAS.items() if theirs in said}
+    schedule |= {"prediction": PREDICTIONS[predicted], "leading_offset": int(said.get("steps_offset", 0) > 0)}
+    if "set_alpha_to_one" in said:
+        schedule["ddim_to_zero"] = bool(said["set_alpha_to_one"])
     if said.get("rescale_betas_zero_snr"):
-        schedule["terminal_alpha"] = EXACT_ZERO if kind == "DDIMScheduler" else NEARLY_ZERO
-    if said.get("use_karras_sigmas"):
-        config["spacing"] = "karras"
-    elif said.get("timestep_spacing") in SPACINGS:
-        config["spacing"] = said["timestep_spacing"]
-    return schedule, config
+        schedule["terminal_alpha"] = NEARLY_ZERO
+    spacing = said.get("timestep_spacing")
+    if spacing not in (None, *SPACINGS):
+        raise BadInput(f"{path}/scheduler: timestep_spacing is one of {', '.join(SPACINGS)}, not {spacing!r}")
+    return schedule, {"spacing": "karras" if said.get("use_karras_sigmas") else spacing}
 
 
 def vae_of(path: Path) -> dict[str, Any]:

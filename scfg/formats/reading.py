@@ -12,18 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..checkpoint import (
-    FIRST_STAGE,
-    UNET,
-    NotOriginal,
-    Source,
-    build,
-    family_of,
-    shortened,
-    stated_config,
-    vae_sizes,
-    with_prefix,
-)
+from ..checkpoint import FIRST_STAGE, UNET, Source, build, family_of, shortened, stated_config, vae_sizes, with_prefix
 from ..config import Config, VAEConfig
 from ..errors import BadInput
 from ..vae import VAE
@@ -67,7 +56,7 @@ def read(paths: Sequence[Path], vae: Path | None, tokenizer: Path | None, ema: b
         return source_of(contents, other, given)
     except BadInput as error:
         named = str(error).startswith((str(paths[0]), str(vae)))
-        raise error if named else type(error)(f"{paths[0]}: {error}") from None
+        raise error if named else BadInput(f"{paths[0]}: {error}") from None
 
 
 def contents_of(path: Path, ema: bool) -> Contents:
@@ -158,7 +147,7 @@ def source_of(contents: Contents, vae: Contents | None, tokenizer: CLIPTokenizer
         sizes = checked_vae(vae)
         contents = completed(contents, replace(vae, tensors=first_stage(vae), names={}, schedule={}, tokenizer=None))
     elif not contents.has(FIRST_STAGE):
-        raise NotOriginal("this checkpoint has no VAE: give one of its family with --vae FILE")
+        raise BadInput("this checkpoint has no VAE: give one of its family with --vae FILE")
     stated = stated_config(contents.metadata)
     tensors, names = place_towers(contents.tensors, contents.names, contents.family())
     config = stated or without_last_layer(

@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
-from ..diffusion import Diffusion
+from ..config import Emphasis
 from ..segment import Word
-from ..text import Encoded, Prompt, Text, paired_texts, prompt_of
+from ..text import Encoded, Text
 from .weights import emphasised, parse_weights
 
 WRAPPED = 20  # fewer tokens after a comma move to the next chunk together
@@ -36,17 +36,17 @@ def kept_before_wrap(chunk: Sequence[Token], is_comma: Sequence[bool]) -> int:
     return commas[-1] if commas and len(chunk) - commas[-1] < WRAPPED else len(chunk)
 
 
-def tokenize(text: Text, prompt: str) -> Tokenized:
+def tokenize(text: Text, prompt: str, literal: bool = False) -> Tokenized:
     """A prompt's tokens in chunks, the words among them, and their weights, as in the WebUI.
 
     See `parse_weights` for brackets. BREAK begins a chunk, and so does a word for which there is no room, with what
-    follows the last comma if that is short.
+    follows the last comma if that is short. literal: brackets and BREAK are text.
     """
     chunks: list[list[Token]] = [[]]
     names: list[str] = []
     room = text.length - 2
-    for piece, weight in parse_weights(prompt):
-        for i, part in enumerate(re.split(r"\bBREAK\b", piece)):
+    for piece, weight in [(prompt, 1.0)] if literal else parse_weights(prompt):
+        for i, part in enumerate([piece] if literal else re.split(r"\bBREAK\b", piece)):
             chunks += [[]] * (i > 0)
             for name, ids in text.split(part):
                 if len(full := chunks[-1]) + len(ids) > room:
@@ -71,34 +71,27 @@ def tokenize(text: Text, prompt: str) -> Tokenized:
     )
 
 
-def encode_texts(
-    text: Text, prompts: Sequence[str], device: torch.device, layer_from_end: int | None = None
-) -> Encoded:
-    """Prompts of any length; the pooled text is that of the first chunk."""
-    read = [tokenize(text, prompt) for prompt in prompts]
-    text.warn_of_unknown([word for own in read for word in own.words])
-    counts = [len(own.chunks) for own in read]
-    of_towers, pooled = text.encode([ids for own in read for ids in own.chunks], device, layer_from_end)
-    weights = torch.ones(sum(counts), text.length)
-    for row, own in zip(weights, (own for text in read for own in text.weights)):
-        row[: len(own)] = torch.tensor(own)
-    states = torch.cat([emphasised(of_tower, weights.to(device)) for of_tower in of_towers], -1)
-    whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in torch.split(states, counts)]
-    first = None if pooled is None else torch.stack([own[0] for own in torch.split(pooled, counts)])
-    lengths = tuple(count * text.length for count in counts)
-    return Encoded(pad_sequence(whole, batch_first=True), first, lengths, tuple(own.words for own in read))
+class Reader(NamedTuple):
+    """How texts are encoded."""
 
+    text: Text
+    device: torch.device
+    emphasis: Emphasis
+    layer_from_end: int | None = None
+    literal: bool = False
 
-@torch.no_grad()
-def encode(
-    model: Diffusion,
-    text: str | Sequence[str],
-    negative: str | Sequence[str] | None = None,
-    layer_from_end: int | None = None,
-) -> Prompt:
-    """What Diffusion.prompt does, of texts with weights, BREAK and any length."""
-    texts, negatives = paired_texts(text, negative, model.config)
-    towers = model.towers()
-    cond = encode_texts(towers, texts, model.device, layer_from_end)
-    uncond = None if negatives is None else encode_texts(towers, negatives, model.device, layer_from_end)
-    return prompt_of(cond, uncond, towers.length)
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        """Prompts of any length; the pooled text is that of the first chunk."""
+        text, device = self.text, self.device
+        read = [tokenize(text, prompt, self.literal) for prompt in prompts]
+        text.warn_of_unknown([word for own in read for word in own.words])
+        counts = [len(own.chunks) for own in read]
+        of_towers, pooled = text.encode([ids for own in read for ids in own.chunks], device, self.layer_from_end)
+        weights = torch.ones(sum(counts), text.length)
+        for row, own in zip(weights, (own for text in read for own in text.weights)):
+            row[: len(own)] = torch.tensor(own)
+        states = torch.cat([emphasised(of_tower, weights.to(device), self.emphasis) for of_tower in of_towers], -1)
+        whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in torch.split(states, counts)]
+        first = None if pooled is None else torch.stack([own[0] for own in torch.split(pooled, counts)])
+        lengths = tuple(count * text.length for count in counts)
+        return Encoded(pad_sequence(whole, batch_first=True), first, lengths, tuple(own.words for own in read))

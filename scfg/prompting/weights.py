@@ -1,11 +1,14 @@
 """Weights of words in a prompt."""
 
 import re
+import warnings
 from itertools import groupby
 from operator import itemgetter
 
 import torch
 from torch import Tensor
+
+from ..config import Emphasis
 
 PIECE = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|.", re.DOTALL)
 
@@ -39,11 +42,18 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     return [("".join(piece for piece, _ in run), weight) for weight, run in groupby(pieces, key=itemgetter(1))]
 
 
-def emphasised(states: Tensor, weights: Tensor) -> Tensor:
-    """States (b t d) times their tokens' weights (b t), brought back to the mean that each text's had.
+def emphasised(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
+    """States (b t d) times their tokens' weights (b t).
 
-    Exact where all weights are one.
+    original: brought back to the mean that each text's had, which is a division by a number that may be near 0;
+    warns where that changes a text more than twofold. no-norm: as they are. Exact where all weights are one.
     """
-    heavier = states * weights[..., None]
-    heavier = heavier * (states.mean((1, 2), keepdim=True) / heavier.mean((1, 2), keepdim=True))
-    return torch.where((weights == 1).all(1)[:, None, None], states, heavier)
+    plain, heavier = (weights == 1).all(1), states * weights[..., None]
+    if emphasis == "original":
+        factor = states.mean((1, 2)) / heavier.mean((1, 2))
+        heavier = heavier * factor[:, None, None]
+        far = factor[~plain & ~((factor >= 0.5) & (factor <= 2))].tolist()
+        if far:
+            what = f"bringing back the mean multiplies this prompt's encoding by {far[0]:.2g}"
+            warnings.warn(f"{what}: try emphasis no-norm (--emphasis)", stacklevel=5)
+    return torch.where(plain[:, None, None], states, heavier)

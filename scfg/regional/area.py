@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -190,7 +191,8 @@ class Words(Area):
         if regions is None or not regions.words:
             what = f"the area of {self.phrase!r} needs a prompt that knows its words"
             raise BadInput(f"{what}, as Diffusion.prompt makes it")
-        return torch.stack([self.among(*one) for one in zip(regions.scores, regions.words)])[:, None]
+        words = regions.words * (len(regions.scores) if len(regions.words) == 1 else 1)  # one text serves all pictures
+        return torch.stack([self.among(*one) for one in zip(regions.scores, words, strict=True)])[:, None]
 
     def among(self, scores: Tensor, words: Sequence[Word]) -> Tensor:
         """The area (h w) of one picture, by its tokens' scores (t h w) and the words of its prompt."""
@@ -199,6 +201,8 @@ class Words(Area):
             [i for word in some for i in range(word.start, word.stop)]
             for some in (find_phrase(words, self.phrase), naming)
         )
+        if not own:  # words of another step's text
+            return torch.zeros_like(scores[0])
         rivals = range(len(scores)) if self.against_all else sorted({*own, *others})
         rest, total = scores[[i for i in rivals if i not in own]], scores[own].sum(0)
         if self.soft:
@@ -329,8 +333,9 @@ def find_phrase(words: Sequence[Word], phrase: str) -> list[Word]:
     """Every word that is part of the phrase where it occurs in the prompt.
 
     Blanks do not matter, since CLIP's words are not always ours: it reads "64" as two words and "red-car" as three.
+    Both are compared in CLIP's Unicode form, NFC.
     """
-    sought, texts = "".join(phrase.lower().split()), [word.text.lower() for word in words]
+    sought, *texts = (normalize("NFC", text).lower() for text in ("".join(phrase.split()), *(w.text for w in words)))
 
     def starting_at(first: int) -> range:
         """The words that make up the phrase, if it begins here."""

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import BadInput
-from ..guidance import Row
+from ..guidance import COND, Row
 from ..schedule import Moment
 from ..segment import Tokens, Word
-from ..text import Conditioner, Prompt
+from ..text import Conditioner
 from ..unet import LEAST, Conditioning
 from .area import Area, area_of, fitted, nowhere, too_small
 
@@ -22,7 +22,7 @@ class Part:
     """An area's own text, from `start` to `end`, shares of the run counted in timesteps."""
 
     area: Area  # or its description
-    prompt: Prompt  # of one text for all pictures, or of one for each
+    prompt: Any  # a Prompt or the like, of one text for all pictures, or of one for each
     base: float = 0.0  # how much the whole picture's prompt still counts there
     start: float = 0.0
     end: float = 1.0
@@ -39,7 +39,7 @@ class Part:
 class RegionalPrompt:
     """The whole picture's prompt, and parts with their own. Stands wherever a Prompt does."""
 
-    whole: Prompt
+    whole: Any  # a Prompt or the like
     parts: tuple[Part, ...]
 
     def __post_init__(self) -> None:
@@ -48,7 +48,8 @@ class RegionalPrompt:
 
     @property
     def words(self) -> tuple[tuple[Word, ...], ...]:
-        return self.whole.words
+        words: tuple[tuple[Word, ...], ...] = self.whole.words
+        return words
 
     @property
     def chunk(self) -> int | None:
@@ -85,12 +86,12 @@ class RegionalConditioner:
         Parts whose area is nearly nowhere, or that of a word before the first segmentation, do not act.
         """
         whole = self.whole.condition(rows, moment, previous, shape)
-        areas, flags = self.areas(moment, previous, shape)
+        areas, flags = self.areas(moment, previous, shape, whole.tokens.device)
         if not areas:
             return whole._replace(flags=flags)
 
         def weighed(own: Conditioning, in_cond: Tensor, in_uncond: Tensor) -> Tensor:
-            shares = torch.cat([in_cond if row.text == "cond" else in_uncond for row in rows])
+            shares = torch.cat([in_uncond if text == "uncond" else in_cond for text in whole.texts])
             counts = own.tokens.new_ones(*own.tokens.shape[:2], 1, 1) if own.weight is None else own.weight
             return shares * counts.float()
 
@@ -100,15 +101,20 @@ class RegionalConditioner:
             base = base * (1 - area * (1 - self.parts[i].base))
         tokens, weights = [whole.tokens], [weighed(whole, base.clamp_min(LEAST), everywhere)]
         for i, area in areas.items():
-            own = self.prompts[i].condition([row._replace(text="cond") for row in rows], moment, previous, shape)
+            own = self.prompts[i].condition([COND] * len(whole.texts), moment, previous, shape)
+            if len(own.texts) != len(whole.texts):
+                raise BadInput(
+                    "AND and a weight after the last colon are for the whole picture's prompt, not for a region's"
+                )
             tokens.append(own.tokens)
             weights.append(weighed(own, area.clamp_min(LEAST), 0 * area))
         return whole._replace(tokens=torch.cat(tokens, 1), weight=torch.cat(weights, 1), flags=flags)
 
-    def areas(self, moment: Moment, previous: Any, shape: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    def areas(
+        self, moment: Moment, previous: Any, shape: Sequence[int], device: torch.device
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The areas (b 1 h w) of the parts that act, and in which pictures (b) one is nearly nowhere."""
-        known, device = previous.regions if previous else None, self.whole.tokens["cond"].device
-        areas, flags = {}, {}
+        known, areas, flags = previous.regions if previous else None, {}, {}
         for i, part in enumerate(self.parts):
             words = part.area.needs_regions
             if not part.start <= moment.progress <= part.end or (words and not known):

@@ -10,7 +10,7 @@ from ..denoise import Denoised, Denoiser
 from ..diffusion import Step
 from ..errors import BadInput
 from ..samplers import Denoise
-from ..segment import OFFICIAL
+from ..segment import OFFICIAL, Word
 
 
 def middle_third(steps: int) -> range:
@@ -33,6 +33,8 @@ class Record:
 
     def __init__(self) -> None:
         self.scores: Tensor | float = 0.0  # (b t h w) of every token, mean of the middle third of the steps
+        self.words: tuple[tuple[Word, ...], ...] = ()  # of the text of the last of these, the only one in that mean
+        self.counted = 0
         self.scale: Tensor | float = 0.0  # (b h w) mean of all steps
         self.flags: Mapping[str, Tensor] = {}  # (b) each, as in Denoised
 
@@ -41,7 +43,10 @@ class Record:
         if step.index in middle:
             if denoised.regions is None:
                 raise BadInput("these steps found no regions: give run() the denoiser through scfg.report.watch")
-            self.scores = self.scores + denoised.regions.scores / len(middle)
+            if denoised.regions.words != self.words:  # another text's tokens
+                self.words, self.scores, self.counted = denoised.regions.words, 0.0, 0
+            self.counted += 1
+            self.scores = self.scores + (denoised.regions.scores - self.scores) / self.counted
         self.scale = self.scale + denoised.scale[:, 0] / step.count
         self.flags = denoised.flags
 

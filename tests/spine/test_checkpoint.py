@@ -47,7 +47,7 @@ def test_names_and_shapes_of_whole_files_are_the_originals(name):
     assert not parts.knows_prediction
     for key in [key for key in tensors if not checkpoint.UNUSED.fullmatch(key)][::97]:
         lacking = Source({k: v for k, v in tensors.items() if k != key}, config=FAMILIES[name])
-        with pytest.raises(checkpoint.NotOriginal, match="missing"):
+        with pytest.raises(scfg.BadInput, match="missing"):
             checkpoint.assemble(Path(name), lacking, torch.float16)
 
 
@@ -64,7 +64,7 @@ def test_a_small_file_of_a_family_loads_whole(tmp_path, name):
     config = families.small(FAMILIES[name])
     tensors, prediction = families.original(config), config.schedule.prediction
     model = scfg.load(saved(tmp_path, tensors), prediction=prediction)
-    assert model.config == config and model.text.restore_buffers() is None
+    assert model.config == config
     for tower in config.text:  # some published files lack the prefix within
         tensors = {key.replace(f"{tower.prefix}text_model.", tower.prefix): tensor for key, tensor in tensors.items()}
     again = scfg.load(saved(tmp_path, tensors), prediction=prediction)
@@ -97,7 +97,7 @@ def test_a_missing_tower_or_its_last_layers_are_named():
             checkpoint.assemble(Path("xl"), Source(rest), torch.float16)
         last = f"{('layers', 'resblocks')[i]}.{tower.layers - 1}."
         short = {key: tensor for key, tensor in tensors.items() if last not in key}
-        with pytest.raises(scfg.BadInput, match=f"missing {tower.prefix}encoder.layers.{tower.layers - 1}."):
+        with pytest.raises(scfg.BadInput, match=f"missing {tower.prefix}.*layers.{tower.layers - 1}."):
             checkpoint.assemble(Path("xl"), Source(short), torch.float16)
 
 

@@ -18,7 +18,7 @@ import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Capture, Conditioning, Prompt, Tokens
 from scfg.config import SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER
 from scfg.segment import CONDITIONAL
-from scfg.text import Text
+from scfg.text import Text, Tower
 from scfg.unet import UNet
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
@@ -158,7 +158,7 @@ def test_one_prompt_serves_any_number_of_pictures_also_in_a_bare_step(load):
 def test_towers_give_what_their_families_were_trained_on(tower, activation, pad, from_end, norm, pooled):
     """Each family's facts written out, and its states computed from them with transformers' own module."""
     torch.manual_seed(0)
-    text = Text([replace(tower, width=64, heads=1, layers=3, pooled=32 * bool(tower.pooled))]).eval()
+    text = Text([Tower(replace(tower, width=64, heads=1, layers=3, pooled=32 * bool(tower.pooled)))]).eval()
     clip, ids = text.towers[0].transformer, torch.tensor([[49406, 320, 2368, 49407] + [pad] * 73])
     (states,), whole = text.encode([[49406, 320, 2368, 49407]], torch.device("cpu"))
     assert clip.config.hidden_act == activation

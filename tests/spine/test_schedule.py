@@ -11,7 +11,7 @@ from scfg.config import SD1, SD2_V
 from scfg.schedule import Spacing
 
 SCHEDULE = Schedule()
-SPACINGS = ["leading", "linspace", "trailing", "karras"]
+SPACINGS = ["leading", "linspace", "trailing", "karras", "lcm"]
 
 
 def test_the_table_is_stable_diffusions():
@@ -41,14 +41,17 @@ def test_time_inverts_the_table_and_is_linear_in_log_sigma():
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 999, 1000])
 @pytest.mark.parametrize("drop_lowest", [True, False])
 @pytest.mark.parametrize("rounded", [True, False])
-@pytest.mark.parametrize("to_zero", [True, False])
+@pytest.mark.parametrize("to_zero", [True, False, None])
 def test_every_spacing_falls(spacing, steps, drop_lowest, rounded, to_zero):
+    if spacing == "lcm" and steps > 50:
+        with pytest.raises(BadInput, match="steps are 1 to 50"):
+            SCHEDULE.spaced(spacing, steps, rounded, drop_lowest, to_zero)
+        return
     sigmas = SCHEDULE.spaced(spacing, steps, rounded, drop_lowest, to_zero)
     assert len(sigmas) == steps + 1 and all(a > b for a, b in zip(sigmas, sigmas[1:-1]))
-    at_the_floor = spacing == "leading" and not to_zero and steps < 1000
-    assert sigmas[-1] == (SCHEDULE.sigmas[0] if at_the_floor else 0)
-    # in a thousand steps the leading spacing's last step starts where without to_zero it would end
-    assert sigmas[-2] > sigmas[-1] or (at_the_floor and steps == 1000)
+    lowest = SCHEDULE.sigmas[0] * (1 + 1e-9)  # a run whose last step starts there can end at 0 alone
+    may = sigmas[-2] > lowest and spacing != "karras" and (spacing == "leading" or to_zero is not None)
+    assert sigmas[-1] == (SCHEDULE.sigmas[0] if may and not to_zero else 0) and sigmas[-2] > sigmas[-1]
 
 
 def times(*args, **options) -> list[float]:
@@ -60,6 +63,7 @@ def test_timesteps():
     assert times("leading", 4, to_zero=False) == [751, 501, 251, 1]
     assert times("linspace", 4, rounded=True, drop_lowest=True) == pytest.approx([999, 749, 500, 250])
     assert times("linspace", 4) == pytest.approx([999, 666, 333, 0])
+    assert times("lcm", 4) == pytest.approx([999, 759, 499, 259])  # 2310.04378: of 999, 979, ... 19
     assert times("trailing", 4) == pytest.approx([999, 749, 499, 249])
     assert np.allclose(SCHEDULE.spaced("karras", 5)[:-1:4], [SCHEDULE.sigmas[-1], SCHEDULE.sigmas[0]])
 
@@ -78,13 +82,14 @@ def test_leading_ends_at_zero_or_at_the_lowest_noise_level():
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_step_count_beyond_the_training_s_is_refused(spacing, steps):
-    with pytest.raises(BadInput, match=rf"steps are 1 to 1000, as many as the training's, not {steps}"):
+    most = 50 if spacing == "lcm" else 1000
+    with pytest.raises(BadInput, match=rf"steps are 1 to {most}, as many as the training's, not {steps}"):
         SCHEDULE.spaced(spacing, steps)
 
 
 def test_an_unknown_spacing_is_refused_and_the_known_are_named():
     assert list(get_args(Spacing)) == SPACINGS
-    with pytest.raises(BadInput, match="spacing is one of leading, linspace, trailing, karras, not 'cosine'"):
+    with pytest.raises(BadInput, match="spacing is one of leading, linspace, trailing, karras, lcm, not 'cosine'"):
         SCHEDULE.spaced("cosine", 4)
 
 

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 import scfg
 from scfg.config import TextConfig
-from scfg.text import Text
+from scfg.text import Text, Tower
 
 CPU = torch.device("cpu")
 MERGES = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("t", "h"), ("th", "e</w>")]
@@ -22,7 +22,7 @@ START, END = len(NUMBERS) - 2, len(NUMBERS) - 1
 def tower(length: int = 8, **options) -> Text:
     torch.manual_seed(0)
     config = TextConfig(width=64, layers=3, heads=1, length=length, vocabulary=len(NUMBERS), **options)
-    return Text([config], CLIPTokenizer(vocab=NUMBERS, merges=MERGES)).eval().requires_grad_(False)
+    return Text([Tower(config)], CLIPTokenizer(vocab=NUMBERS, merges=MERGES)).eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -166,7 +166,9 @@ def test_a_text_is_taken_literally(model):
 
 
 def test_a_tokenizer_of_another_model_is_named():
-    text = Text([TextConfig(width=64, layers=1, heads=1, vocabulary=9)], CLIPTokenizer(vocab=NUMBERS, merges=MERGES))
+    text = Text(
+        [Tower(TextConfig(width=64, layers=1, heads=1, vocabulary=9))], CLIPTokenizer(vocab=NUMBERS, merges=MERGES)
+    )
     with pytest.raises(scfg.BadInput, match=f"has {len(NUMBERS)} tokens, the text tower 9: .* --tokenizer"):
         text.tokenize("cat")
 

@@ -265,6 +265,8 @@ def test_another_files_vae_decodes(tmp_path):
 
 READ = {  # every option: what is given, and what is read
     "negative": (["a cat"], "a cat"),
+    "literal": ([], True),
+    "emphasis": (["original"], "original"),
     "guidance": (["scfg-mean"], "scfg-mean"),
     "scale": (["4.5"], 4.5),
     "direction": (["zero"], "zero"),
@@ -307,6 +309,7 @@ DEFAULTS = {
 }
 DEFAULTS |= {
     "region": [],
+    "literal": False,
     "text": [],
     "ema": False,
     "zero_terminal_snr": False,
@@ -346,7 +349,7 @@ def test_what_never_acts_is_said(tmp_path, words, never):
     model = cli.load(args.checkpoint, args)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        cli.plan(model, cli.prompt_of(model, args), args)
+        cli.plan(model, args)
     lines = [f"{what} never acts: none of the 5 steps lies in its time" for what in never]
     assert [str(warning.message) for warning in said] == lines
 

@@ -60,7 +60,7 @@ def test_the_script_runs_base_and_refiner_and_says_what_it_runs(files, tmp_path,
 def plan(files, folder, *more: str) -> cli.Job:
     args = sample.parse(words(files, folder, *more))
     model = cli.load(args.checkpoint, args)
-    return cli.plan(model, cli.prompt_of(model, args), args)
+    return cli.plan(model, args)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import scfg
 from scfg import checkpoint, formats
 from scfg.config import SD1, SDXL, TextConfig, VAEConfig
 from scfg.diffusion import embedded_checkpoint
-from scfg.text import Text
+from scfg.text import Text, Tower
 
 TINY = DATA / "tiny_sd1.safetensors"
 MERGES = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("t", "h"), ("th", "e</w>")]
@@ -244,7 +244,7 @@ def test_without_any_tokenizer_it_is_one_line_that_says_how_to_give_one(monkeypa
     monkeypatch.setattr("scfg.formats.tokenizer.HUB_TOKENIZER", "nobody/has-this-in-a-cache")
     monkeypatch.setattr("scfg.formats.tokenizer.HF_HUB_OFFLINE", True)
     with pytest.raises(scfg.BadInput, match="give --tokenizer") as caught:
-        Text([TextConfig(width=64, layers=1, heads=1, vocabulary=9)]).tokenize("cat")
+        Text([Tower(TextConfig(width=64, layers=1, heads=1, vocabulary=9))]).tokenize("cat")
     assert "\n" not in str(caught.value)
 
 
@@ -261,6 +261,6 @@ def test_clips_own_tokenizer_comes_from_the_cache_or_else_from_the_hub(monkeypat
 
     monkeypatch.setattr("scfg.formats.tokenizer.hub_answers", lambda: answers)
     monkeypatch.setattr("scfg.formats.tokenizer.CLIPTokenizer.from_pretrained", from_pretrained)
-    text = Text([TextConfig(width=64, layers=1, heads=1)])
+    text = Text([Tower(TextConfig(width=64, layers=1, heads=1))])
     assert text.tokenize("cat")[0] == text.tokenize("cat")[0] == [49406, 512 + 1, 49407]
     assert calls == asked

@@ -13,7 +13,7 @@ import scfg
 from scfg import prompting
 from scfg.config import TextConfig
 from scfg.prompting import parse_weights, tokenize
-from scfg.text import Text
+from scfg.text import Text, Tower
 
 MERGES = [("c", "a"), ("ca", "t</w>"), ("o", "f</w>"), ("t", "h"), ("th", "e</w>")]
 CAPTION = "a red car left of a blue star on grass"
@@ -23,7 +23,11 @@ LONG = "a yellow key below a green ball in snow at night above an orange house o
 def tower(length: int = 8, towers: int = 1, **options) -> Text:
     torch.manual_seed(0)
     config = TextConfig(width=64, layers=3, heads=1, length=length, vocabulary=len(vocabulary(MERGES)), **options)
-    text = Text([config] * towers, CLIPTokenizer(vocab=vocabulary(MERGES), merges=MERGES)).eval().requires_grad_(False)
+    text = (
+        Text([Tower(config)] * towers, CLIPTokenizer(vocab=vocabulary(MERGES), merges=MERGES))
+        .eval()
+        .requires_grad_(False)
+    )
     for i, own in enumerate(text.towers):
         own.transformer.final_layer_norm.bias.normal_(0.5 + i, 1)  # as they are made, states have a mean of nothing
     return text
