@@ -16,7 +16,7 @@ PAGE = Path(__file__).with_name("api.md")
 GROUPS = {
     "Load and sample": "load save Diffusion Prompt Step run BadInput SAMPLERS Schedule Moment",
     "One step": "Denoiser Denoised Outputs Row",
-    "Guidance": "Guidance CFG SCFG Energy Product APG FDG OptimizedScale TCFG PAG SEG Rescale Interval Ramp euler_cfg_pp",
+    "Guidance": "Guidance CFG SCFG Energy Product APG FDG OptimizedScale TCFG PAG SEG Rescale Interval Ramp euler_cfg_pp distilled lcm",
     "Guidance as data": "to_dict from_dict",
     "Regions by word, mask and prompt": "Area words mask foreground parse_area Region ByRegion Part RegionalPrompt",
     "Attention maps and segmentation": "Maps Capture Site Conditioning attention Recipe OFFICIAL PAPER Tokens Word Regions "

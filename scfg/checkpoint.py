@@ -102,9 +102,9 @@ def recognise(tensors: Tensors) -> Config:
         context_dim=shape(tensors, UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")[1],
         vector_dim=shape(tensors, UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0,
     )
-    towers = tuple(tower_sizes(tower, tower_tensors(with_prefix(tensors, tower.prefix))) for tower in family.text)
-    any_tower = any(with_prefix(tensors, tower.prefix) for tower in family.text)
-    return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers if any_tower else ())
+    own = [tower_tensors(with_prefix(tensors, tower.prefix)) for tower in family.text]
+    towers = tuple(map(tower_sizes, family.text, own)) if any(own) else ()
+    return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers)
 
 
 def stated_config(metadata: Metadata) -> Config | None:

@@ -122,7 +122,8 @@ class Diffusion:
         to return in Denoised.maps.
         """
         prompt = self.prompt(prompt) if isinstance(prompt, Sequence) else prompt
-        guidance = named_rule("scfg", self.config.scale, self.config) if guidance is None else guidance
+        usual = "cfg" if self.config.unet.guidance_dim else "scfg"
+        guidance = named_rule(usual, self.config.scale, self.config) if guidance is None else guidance
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
         for layer in layers:
@@ -131,7 +132,12 @@ class Diffusion:
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
         conditioner = prompt.conditioner(self.config, self.device, self.dtype)
         schedule, divisor = self.config.schedule, self.config.map_divisor
-        return Denoiser(self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture)
+        denoiser = Denoiser(self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture)
+        if self.config.unet.guidance_dim:
+            from .methods import distilled
+
+            return distilled(denoiser, self.unet)
+        return denoiser
 
     def spacing(self, sampler: str | Sampler) -> Spacing:
         """The noise levels native to the family, or else usual for the sampler."""
@@ -282,13 +288,11 @@ def load(
 def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Diffusion:
     """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
     said = model.config.schedule.prediction
-    if requested:
-        if known and requested != said:
-            what = f"prediction {requested} was asked for, but this checkpoint says {said}"
-            warnings.warn(what, stacklevel=3)
-        return replace(model, config=predicting(model.config, requested))
-    if not known:
+    if not (requested or known):
         from .formats import ask_prediction
 
         return ask_prediction(model)
-    return model
+    if requested and known and requested != said:
+        what = f"prediction {requested} was asked for, but this checkpoint says {said}"
+        warnings.warn(what, stacklevel=3)
+    return replace(model, config=predicting(model.config, requested or said))

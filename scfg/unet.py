@@ -65,6 +65,7 @@ class Conditioning(NamedTuple):
     layout: Any = None  # this step's segment.Tokens, where they change from step to step
     # output and completed maps of these rows -> of the rows that were asked for, where these are more
     merge: Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]] = lambda output, maps: (output, maps)
+    guidance: Tensor | None = None  # (1 g), what an LCM is told of its scale
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:
         """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
@@ -345,12 +346,16 @@ class UNet(nn.Module):
         attend: an attention function in place of the network's own. residuals: added to every skip, in the order of
         the input blocks, and to the middle (ControlNet). inject: added to a block's output, by name (T2I-Adapter).
         """
-        if (conditioning.vector is None) == bool(self.config.vector_dim):
-            raise BadInput(f"this U-Net takes {'a' if self.config.vector_dim else 'no'} vector beside its tokens")
+        for name, size in (("vector", self.config.vector_dim), ("guidance", self.config.guidance_dim)):
+            if (getattr(conditioning, name) is None) == bool(size):
+                raise BadInput(f"this U-Net takes {'a' if size else 'no'} {name} beside its tokens")
         call = Call(conditioning, capture or Capture(), attend, inject)
         rows, skips = len(conditioning.tokens), []
         captured: Captured = {}
-        embedding = expand(self.time_embed[:3](timestep_embedding(t, self.config.model_channels).to(x.dtype)), rows)
+        time = timestep_embedding(t, self.config.model_channels).to(x.dtype)
+        if conditioning.guidance is not None:
+            time = time + conditioning.guidance @ self.get_parameter("time_embed.cond_proj.weight").mT
+        embedding = expand(self.time_embed[:3](time), rows)
         if conditioning.vector is not None:
             embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
         for block in self.input_blocks:

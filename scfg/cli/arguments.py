@@ -29,6 +29,7 @@ SAMPLER_NAMES = {  # as Stable Diffusion tools call them
     "unipc": "UniPC",
     "ddim": "DDIM",
     "euler_cfg_pp": "Euler CFG++",
+    "lcm": "LCM",
 }
 Direction = APG | OptimizedScale | TCFG | FDG
 DIRECTIONS: dict[str, Direction] = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}

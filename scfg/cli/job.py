@@ -19,7 +19,7 @@ from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
 from ..formats import check_prediction, with_zero_terminal_snr
 from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
-from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp
+from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp, lcm
 from ..prompting import ComposedPrompt, encode
 from ..regional import ByRegion, Part, RegionalPrompt
 from ..regional.area import find_phrase
@@ -94,7 +94,7 @@ def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
-    sampler: Callable[..., Steps] = {**SAMPLERS, "euler_cfg_pp": euler_cfg_pp}[args.sampler]
+    sampler: Callable[..., Steps] = {**SAMPLERS, "euler_cfg_pp": euler_cfg_pp, "lcm": lcm}[args.sampler]
     if args.eta is None:
         return sampler
     if "eta" not in inspect.signature(sampler).parameters:
@@ -124,14 +124,22 @@ def plan(model: Diffusion, args: argparse.Namespace) -> Job:
             warnings.warn(f"the refiner never takes over: {what}", stacklevel=2)
         late = watch(refiner.denoiser(prompt_of(refiner, args, sigmas), guidance), shown)
         denoise = hand_over(late, schedule, args.refiner_from)(denoise)
-    elif model.config.aesthetic_scores:
-        what = f"the {model.config.name} finishes what SDXL began and is poor at starting from noise"
-        warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
-    if args.sampler == "euler_cfg_pp" and (scale_of(guidance.scale) or 0) > 1:
-        warnings.warn("the scale of CFG++ lies between 0 and 1: try 0.6", stacklevel=2)
-    for line in idle(args, model, guidance, sigmas[:-1]):
+    for line in [*unusual(args, model, guidance), *idle(args, model, guidance, sigmas[:-1])]:
         warnings.warn(line, stacklevel=2)
     return Job(prompt, denoise, sampler, sigmas)
+
+
+def unusual(args: argparse.Namespace, model: Diffusion, guidance: Guidance) -> list[str]:
+    """What is hardly meant."""
+    found = []
+    if model.config.aesthetic_scores and not args.refiner:
+        what = f"the {model.config.name} finishes what SDXL began and is poor at starting from noise"
+        found.append(f"{what}: give it as --refiner, beside an SDXL --checkpoint")
+    if args.sampler == "euler_cfg_pp" and (scale_of(guidance.scale) or 0) > 1:
+        found.append("the scale of CFG++ lies between 0 and 1: try 0.6")
+    if model.config.unet.guidance_dim and args.sampler != "lcm":
+        found.append("this is an LCM: try --sampler lcm --steps 4")
+    return found
 
 
 def idle(args: argparse.Namespace, model: Diffusion, guidance: Guidance, sigmas: list[float]) -> list[str]:

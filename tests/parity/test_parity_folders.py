@@ -18,9 +18,8 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import original  # noqa: E402
 from compare import TEXT, close, no_gradients, normal  # noqa: E402, F401
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from schedulers import BETAS, Euler  # noqa: E402
 from small import FOLDER, MERGES, enliven, reference, tokenizer  # noqa: E402
@@ -287,13 +286,24 @@ def test_added_token(files: str, tmp_path: Path) -> None:
 
 
 def test_lcm() -> None:
-    """An LCM's weights all arrive, the guidance scale's among them; without that embedding the U-Nets agree."""
-    unet, model = pipeline("lcm").unet, scfg.load(written("lcm"))
-    assert model.config.unet.guidance_dim == 256
-    plain, own = deepcopy(unet), unet.time_embedding.cond_proj.weight
-    del plain.time_embedding.cond_proj
-    expected = original.unet(plain) | {"time_embed.cond_proj.weight": own}
-    assert model.unet.state_dict().keys() == expected.keys()
-    assert all(torch.equal(weight, expected[name]) for name, weight in model.unet.state_dict().items())
-    x, context, t = normal(2, 4, 8, 12), normal(2, 77, unet.config.cross_attention_dim, seed=1), torch.tensor([740, 3])
-    close(model.unet(x, t, scfg.Conditioning(context))[0], unet(x, t, context).sample, LIMIT)
+    """An LCM, whose network is told the guidance scale, by its sampler over its own timesteps."""
+    folder = written("lcm")
+    scheduler = LCMScheduler.from_config(PUBLISHED)
+    pipe, model = changed(pipeline("lcm"), scheduler=scheduler), scfg.load(folder)
+    assert model.config.unet.guidance_dim == 256 and model.config.spacing == "lcm"
+    latents = []
+    for scale in (GUIDANCE, 1.5):
+        fresh = torch.Generator().manual_seed(0)
+        expected = pipe(
+            TEXT, num_inference_steps=STEPS, guidance_scale=scale, latents=NOISE, generator=fresh, output_type="latent"
+        ).images
+        sigmas, fresh = model.sigmas(STEPS), torch.Generator().manual_seed(0)
+        assert [model.config.schedule.time(sigma) for sigma in sigmas[:-1]] == pytest.approx(
+            scheduler.timesteps.tolist()
+        )
+        denoiser, x = model.denoiser(model.prompt(TEXT), scfg.CFG(scale)), NOISE * (sigmas[0] ** 2 + 1) ** 0.5
+        *_, step = scfg.run(denoiser, scfg.lcm, x, sigmas, lambda g=fresh: torch.randn(NOISE.shape, generator=g))
+        close(step.latent, expected, LIMIT)
+        assert step.denoised.outputs.uncond is None
+        latents.append(step.latent)
+    assert (latents[0] - latents[1]).abs().max() > 1e-3 * latents[0].abs().max()
