@@ -95,12 +95,12 @@ class Denoiser:
                 maps = {name: self.capture.make(block) for name, block in captured.items()}
                 small = {name: block for name, block in captured.items() if math.prod(block.size) <= pixels}
                 captured = {name: recipe.complete(block) for name, block in small.items()} if recipe else {}
-            output, blocks = conditioning.merge(output, list(captured.values()))
-            for i, row in enumerate(group):
-                out[row.name] = output.chunk(len(group))[i].to(x.dtype)
-                completed[row.name] = [block.chunk(len(group))[i] for block in blocks]
+            evaluated = conditioning.rows or group
+            for i, row in enumerate(evaluated):
+                out[row.name] = output.chunk(len(evaluated))[i].to(x.dtype)
+                completed[row.name] = [block.chunk(len(evaluated))[i] for block in captured.values()]
             layout = conditioning.layout or layout
-        return Evaluated(out, completed, maps, flags, layout)
+        return conditioning.merge(Evaluated(out, completed, maps, flags, layout), rows)
 
     def wanted(self, recipe: Recipe | None, pixels: int) -> Capture | None:
         """What the network captures: raw maps if the caller asked for maps, else the recipe's completed maps."""

@@ -88,7 +88,7 @@ class Conditioner:
         tokens = self.stack(self.tokens, texts, shape[0])
         weight = self.stack(self.weight, texts, shape[0]) if self.weight else None
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
-        return Conditioning(tokens, vector, weight, tokens.shape[1], texts=texts)
+        return Conditioning(tokens, vector, weight, tokens.shape[1])
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:
         """Every row's text, expanded to all pictures, one after the other: (r*b ...)."""

@@ -61,10 +61,9 @@ class Conditioning(NamedTuple):
     weight: Tensor | None = None  # (r*b t h w | 1 1) how many times a token counts at a pixel; filler: 0 everywhere
     own: int | None = None  # the number of leading tokens that maps describe; None: all
     flags: Mapping[str, Tensor] = {}  # messages for the user -> (b) the pictures that they are true of
-    texts: Sequence[str] = ()  # of each row, "uncond", "cond" or a further text
     layout: Any = None  # this step's segment.Tokens, where they change from step to step
-    # output and completed maps of these rows -> of the rows that were asked for, where these are more
-    merge: Callable[[Tensor, list[Any]], tuple[Tensor, list[Any]]] = lambda output, maps: (output, maps)
+    rows: Sequence[Any] = ()  # the guidance.Rows of these entries, where they are more than were asked for
+    merge: Callable[[Any, Any], Any] = lambda evaluated, asked: evaluated  # denoise.Evaluated, by the rows asked for
     guidance: Tensor | None = None  # (1 g), what an LCM is told of its scale
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:

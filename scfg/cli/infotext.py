@@ -106,8 +106,11 @@ def options(facts: Mapping[str, str]) -> list[str]:
     place, size = (facts.get(name, default) for name, default in (("Batch pos", "0"), ("Batch size", "1")))
     if not all(number.isascii() and number.isdigit() for number in (place, size, facts.get("Seed", "0"))):
         raise BadInput("its seed and batch are no whole numbers")
+    first = int(facts.get("Seed", "0")) - int(place)
+    if first < 0:
+        raise BadInput("its batch would begin with a seed below 0")
     # the batch as a whole, since a picture's last bits depend on how many are computed at once
-    return [*words, f"--seed={int(facts.get('Seed', '0')) - int(place)}", f"--count={size}", f"--batch={size}"]
+    return [*words, f"--seed={first}", f"--count={size}", f"--batch={size}"]
 
 
 def listed(text: str) -> list[str]:

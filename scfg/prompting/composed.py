@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..guidance import UNCOND, Row
+from ..denoise import Evaluated
+from ..guidance import COND, UNCOND, Row
 from ..schedule import Moment
 from ..segment import Tokens, Word
 from ..text import Conditioner, Encoded, Prompt, prompt_of
@@ -69,37 +70,38 @@ class ComposedConditioner:
         step = self.steps[min(max(begun, 1), len(self.steps)) - 1]
         if self.weights is None:
             return step.condition(rows, moment, previous, shape)._replace(layout=step.layout)
-        further = [f"cond {i}" for i in range(2, self.weights.shape[1] + 1)]
-        every = [[row] + [row._replace(text=text) for text in further if row.text == "cond"] for row in rows]
-        needed = [] if self.whole or UNCOND in rows else [UNCOND]
-        found = step.condition([*(one for own in every for one in own), *needed], moment, previous, shape)
-        return found._replace(layout=step.layout, merge=partial(merge, self.weights, found.texts, len(rows)))
+        every = [one for row in rows for one in sub_rows(row, self.weights.shape[1])]
+        if not self.whole and UNCOND not in rows and COND in rows:
+            every.append(UNCOND)
+        found = step.condition(every, moment, previous, shape)
+        return found._replace(layout=step.layout, rows=every, merge=partial(merge, self.weights))
 
 
-def merge(
-    weights: Tensor, texts: Sequence[str], asked: int, output: Tensor, maps: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Outputs (r*b c h w) of all texts' rows -> of the rows that were asked for, of which every cond stands for m.
+def sub_rows(row: Row, count: int) -> list[Row]:
+    """The rows of every sub-prompt in place of one."""
+    if row.text == "uncond":
+        return [row]
+    return [row, *(row._replace(name=f"{row.name} {i}", text=f"{row.text} {i}") for i in range(2, count + 1))]
 
-    weights: (b m) of the sub-prompts. maps: completed, (r*b t h w); merged, they are of all sub-prompts' tokens, one
-    after the other, and those of a sub-prompt without weight are nothing.
+
+def merge(weights: Tensor, evaluated: Evaluated, asked: Sequence[Row]) -> Evaluated:
+    """The rows of all sub-prompts as one each; and their maps as of all tokens, one sub-prompt's after the other's.
+
+    weights: (b m); the maps of a sub-prompt without weight are nothing.
     """
-    count = weights.shape[1]
-    starts = [i for i, text in enumerate(texts) if text in ("uncond", "cond")][:asked]
-    rows, shares = output.chunk(len(texts)), weights[:, :, None, None, None].to(output).unbind(1)
-    base = rows[texts.index("uncond")] if "uncond" in texts else torch.zeros_like(rows[0])
-
-    def of_output(i: int) -> Tensor:
-        if texts[i] == "uncond":
-            return rows[i]
-        return base + sum(share * (rows[i + k] - base) for k, share in enumerate(shares))
-
-    def of_map(layers: Sequence[Tensor], i: int) -> Tensor:
-        own = [layers[i]] * count if texts[i] == "uncond" else layers[i : i + count]
-        return torch.cat([layer * (share != 0) for share, layer in zip(shares, own)], 1)
-
-    merged = [torch.cat([of_map(layers.chunk(len(texts)), i) for i in starts]) for layers in maps]
-    return torch.cat([of_output(i) for i in starts]), merged
+    count, out, completed = weights.shape[1], {}, {}
+    shares = weights[:, :, None, None, None].unbind(1)
+    base = evaluated.out.get("uncond", torch.zeros(()))
+    for row in asked:
+        names = [one.name for one in sub_rows(row, count)]
+        layers = zip(*(evaluated.completed[name] for name in names))
+        if row.text == "uncond":
+            out[row.name] = evaluated.out[row.name]
+            completed[row.name] = [torch.cat([layer] * count, 1) for (layer,) in layers]
+        else:
+            out[row.name] = base + sum(w * (evaluated.out[name] - base) for w, name in zip(shares, names))
+            completed[row.name] = [torch.cat([(w != 0) * one for w, one in zip(shares, own)], 1) for own in layers]
+    return evaluated._replace(out=out, completed=completed)
 
 
 def joined(prompts: Sequence[Encoded], uncond: Encoded | None, chunk: int) -> Prompt:

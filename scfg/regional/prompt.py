@@ -86,12 +86,13 @@ class RegionalConditioner:
         Parts whose area is nearly nowhere, or that of a word before the first segmentation, do not act.
         """
         whole = self.whole.condition(rows, moment, previous, shape)
+        rows = whole.rows or rows
         areas, flags = self.areas(moment, previous, shape, whole.tokens.device)
         if not areas:
             return whole._replace(flags=flags)
 
         def weighed(own: Conditioning, in_cond: Tensor, in_uncond: Tensor) -> Tensor:
-            shares = torch.cat([in_uncond if text == "uncond" else in_cond for text in whole.texts])
+            shares = torch.cat([in_uncond if row.text == "uncond" else in_cond for row in rows])
             counts = own.tokens.new_ones(*own.tokens.shape[:2], 1, 1) if own.weight is None else own.weight
             return shares * counts.float()
 
@@ -101,8 +102,8 @@ class RegionalConditioner:
             base = base * (1 - area * (1 - self.parts[i].base))
         tokens, weights = [whole.tokens], [weighed(whole, base.clamp_min(LEAST), everywhere)]
         for i, area in areas.items():
-            own = self.prompts[i].condition([COND] * len(whole.texts), moment, previous, shape)
-            if len(own.texts) != len(whole.texts):
+            own = self.prompts[i].condition([COND] * len(rows), moment, previous, shape)
+            if own.rows:
                 raise BadInput(
                     "AND and a weight after the last colon are for the whole picture's prompt, not for a region's"
                 )

@@ -130,7 +130,7 @@ HOSTILE = {
     "size": ("Steps: 3, Seed: 1, Size: 99999x99999", "give WIDTHxHEIGHT"),
     "seed": ("Steps: 3, Seed: -1, Size: 64x64", "no whole numbers"),
     "batch": (LINE + "Batch size: 100000", "from 1 to 10000"),
-    "place": (LINE + "Batch size: 2, Batch pos: 5", "from 0 to"),
+    "place": (LINE + "Batch size: 2, Batch pos: 5", "a seed below 0"),
     "sampler": (LINE + "Sampler: magic", "invalid choice"),
     "regions": (LINE + 'Region prompts: "{}"', "no list of texts"),
     "region": (LINE + 'Region prompts: "[\\"((:prompt=x\\"]"', "no area"),

@@ -6,6 +6,7 @@ from functools import reduce
 
 import pytest
 import torch
+from conftest import seeded
 from PIL import Image
 
 import scfg
@@ -223,3 +224,18 @@ def test_an_areas_words_are_the_models(flat):
     columns = torch.linspace(-1, 1, 16)
     middle = [(area * columns).sum() / area.sum() for area in (car, star)]
     assert car.sum() > 8 and star.sum() > 8 and not (car * star).any() and middle[0] < middle[1] - 0.5
+
+
+def test_one_prompt_for_several_pictures_has_its_areas_in_each(flat):
+    prompt, x = flat.prompt("a red car on grass"), seeded(2, 4, 16, 16) * 3
+    guidance = scfg.Guidance(scale=scfg.ByRegion(scfg.CFG(3.0), (scfg.Region("car", scale=9.0),)))
+    both, alone = (flat.denoiser(prompt, guidance)(part, 3.0).scale for part in (x, x[1:]))
+    assert torch.equal(both[1:], alone) and not torch.equal(both[:1], alone)
+
+
+def test_words_are_compared_in_one_unicode_form():
+    """A phrase typed in one form is found in a prompt of the other; the words stay as they were typed."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for text, phrase in ((composed, apart), (apart, composed), (apart.upper(), composed)):
+        words = [Word("a", 1, 2), Word(text, 2, 4)]
+        assert find_phrase(words, phrase) == words[1:]
