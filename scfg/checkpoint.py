@@ -74,13 +74,13 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def shape(tensors: Tensors, name: str) -> torch.Size:
+def shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
     if name not in tensors:
         raise BadInput(f"unknown architecture: this is no original Stable Diffusion checkpoint, it has no {name}")
     return tensors[name].shape
 
 
-def family_of(tensors: Tensors) -> Config:
+def family_of(tensors: Mapping[str, Tensor]) -> Config:
     """The family, from the names and shapes of its U-Net."""
     if UNET + "label_emb.0.0.weight" in tensors:
         return SDXL_REFINER if UNET + "input_blocks.11.0.in_layers.0.weight" in tensors else SDXL
@@ -131,7 +131,7 @@ def tower_tensors(tensors: Tensors) -> Tensors:
         for theirs, ours in OPEN_CLIP.items():
             name = re.sub(theirs, ours, name)
         if name == "text_projection":
-            found["text_projection.weight"] = tensor.mT
+            found["text_projection.weight"] = tensor.mT.contiguous()  # the last bits depend on how it lies in memory
         elif ".attn.in_proj_" in name:
             layer, kind = name.split(".attn.in_proj_")
             for q, third in zip("qkv", tensor.chunk(3)):

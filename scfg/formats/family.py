@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import FIRST_STAGE, UNET, recognise, shape, tower_tensors, with_prefix
+from ..checkpoint import UNET, family_of, recognise, shape, tower_tensors, with_prefix
 from ..config import Config, UNetConfig, predicting
 from ..errors import BadInput
 
@@ -21,7 +21,10 @@ OTHERS = (  # names that tell files of other kinds -> what they are
     (r"(model\.diffusion_model\.)?joint_blocks\.", "an SD 3 model"),
     (r".*motion_modules\.", "a motion module of AnimateDiff"),
     (r".*(time_stack|time_mixer|temporal_transformer)\b", "a video model"),
-    (r"(controlnet_cond_embedding|controlnet_(down|mid)_block|lora_controlnet|input_hint_block)", "a ControlNet"),
+    (
+        r"(control_model\.|controlnet_cond_embedding|controlnet_(down|mid)_block|lora_controlnet|input_hint_block)",
+        "a ControlNet",
+    ),
     (r".*\.(lora_(A|B|up|down)|lora\.(up|down)|hada_w1_[ab]|lokr_w[12](_[ab])?)\b|lora_(unet|te\d?)_", "a LoRA"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r"(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter"),
@@ -43,24 +46,21 @@ def check_kind(names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     names: the file's own; tensors: by original names.
     """
     names = list(names)
-    if not any(name.startswith((UNET, FIRST_STAGE, "text.")) for name in tensors) or not with_prefix(tensors, UNET):
-        control = any(name.startswith("control_model.") for name in names)
+    first = tensors.get(UNET + "input_blocks.0.0.weight")
+    if first is None:
         for pattern, what in OTHERS:
             if any(re.match(pattern, name) for name in names):
                 raise BadInput(f"this is {what}, not a checkpoint: give the checkpoint that it is made for")
-        if control:
-            raise BadInput("this is a ControlNet, not a checkpoint: give the checkpoint that it is made for")
-    elsewhere = "scfg samples from text alone: give the text-to-image checkpoint that it was made from"
+    elsewhere = ", and scfg samples from text alone: give the text-to-image checkpoint that it was made from"
     for pattern, what in OTHERS[2:4]:
         if any(re.match(pattern, name) for name in names):
-            raise BadInput(f"this is {what}: {elsewhere}")
-    first = tensors.get(UNET + "input_blocks.0.0.weight")
+            raise BadInput(f"this is {what}{elsewhere}")
     if first is not None and first.ndim == 4 and first.shape[1] in CHANNELS:
-        raise BadInput(f"this is {CHANNELS[first.shape[1]]}: {elsewhere}")
+        raise BadInput(f"this is {CHANNELS[first.shape[1]]}{elsewhere}")
     if UNET + "label_emb.0.0.weight" in tensors and UNET + "input_blocks.1.1.norm.weight" in tensors:
-        raise BadInput(f"this is an unCLIP model, which takes a picture's embedding: {elsewhere}")
+        raise BadInput(f"this is an unCLIP model, which takes a picture's embedding{elsewhere}")
     if UNET + "label_emb.weight" in tensors:
-        raise BadInput(f"this is an upscaler or another model of classes: {elsewhere}")
+        raise BadInput(f"this is an upscaler or another model of classes{elsewhere}")
     if any(name in ("edm_mean", "edm_std") for name in names):
         raise BadInput("this is Playground 2.5, which is sampled as EDM: it is not supported, give another SDXL model")
     if any(name.startswith("edm_vpred.") for name in names):
@@ -145,5 +145,6 @@ def without_last_layer(config: Config, tensors: Mapping[str, Tensor], from_diffu
     (tower,) = config.text
     own = tower_tensors(with_prefix(dict(tensors), tower.prefix))
     layers = len({name.split(".")[3] for name in own if name.startswith("transformer.encoder.layers.")})
-    cut = layers == tower.layers - 1 if tower.width == 1024 else from_diffusers
+    full = family_of(tensors).text[0]
+    cut = layers == full.layers - 1 if tower.width == full.width else from_diffusers
     return replace(config, text=(replace(tower, layers=layers, layer_from_end=1),)) if cut else config

@@ -13,6 +13,7 @@ from .content import read_file
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")  # of a part's files of weights, before their suffixes
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SPACINGS = ("leading", "linspace", "trailing")
 NEARLY_ZERO = 2.0**-24  # diffusers' last cumulative alpha in place of 0, so that sigma stays finite
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
@@ -35,7 +36,7 @@ def read_folder(path: Path, ema: bool) -> Folder:
     """A pipeline's folder, or that of one part of it, such as unet/."""
     if not (path / "model_index.json").is_file() and not (path / "unet").is_dir():
         if weights_of(path):
-            return Folder(read_part(path, path.name), {}, {}, None)
+            return Folder(read_part(path, path.name if path.name in PARTS else None), {}, {}, None)
         held = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES and not file.is_dir())
         instead = f"give a file in it: {', '.join(held[:5])}" if held else "give a checkpoint, or such a folder"
         raise BadInput(f"{path} is a folder, but none of diffusers' (it has no model_index.json): {instead}")
@@ -49,8 +50,6 @@ def read_folder(path: Path, ema: bool) -> Folder:
     for name in ("vae", "text_encoder", "text_encoder_2"):
         if (path / name).is_dir() and weights_of(path / name):
             tensors |= read_part(path / name, name)
-    if not any(name.startswith("text_encoder.") for name in tensors):  # a refiner's only tower
-        tensors = {name.replace("text_encoder_2.", "text_encoder.", 1): tensor for name, tensor in tensors.items()}
     tokenizers = [path / name for name in ("tokenizer", "tokenizer_2") if (path / name).is_dir()]
     schedule, config = scheduler_of(path)
     index = read_json(path / "model_index.json")
@@ -84,14 +83,14 @@ def is_index(file: Path) -> bool:
     return re.search(r"\.index(\.\w+)?\.json$", file.name) is not None
 
 
-def read_part(folder: Path, prefix: str) -> dict[str, Tensor]:
+def read_part(folder: Path, prefix: str | None) -> dict[str, Tensor]:
     """The weights of one part, by the names in its files after the prefix."""
     file = weights_of(folder)
     if file is None:
         raise BadInput(f"{folder} has no file of weights: download the folder whole")
     shards = set(read_json(file).get("weight_map", {}).values()) if is_index(file) else {file.name}
     tensors = {name: tensor for shard in sorted(shards) for name, tensor in read_file(folder / shard)[0].items()}
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    return {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
 
 
 def scheduler_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

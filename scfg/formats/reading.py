@@ -109,31 +109,49 @@ def part(name: str) -> str:
 
 
 def completed(first: Contents, other: Contents) -> Contents:
-    """The first contents, with the other's parts in place of their own or where they have none."""
-    tensors, names = other.tensors, other.names
-    if {part(name) for name in tensors} == {"text.0"} and first.has(UNET):  # of a tower alone, the place is not known
-        place = place_of(first, other)
-        tensors = {name.replace("text.0", place, 1): tensor for name, tensor in tensors.items()}
-        names = {name.replace("text.0", place, 1): own for name, own in names.items()}
-    replaced = {part(name) for name in tensors}
+    """The first contents with the other's text towers, in place of its own, and parts that it lacks."""
+    towers = sorted({part(name) for name in other.tensors if name.startswith("text.")})
+    if len(towers) == 1 and first.has(UNET):
+        other = moved(other, towers[0], place_of(first, other, towers[0]))
+    kept = {part(name) for name in first.tensors if not name.startswith("text.")}
+    taken = {part(name) for name in other.tensors} - kept
+    if kept & {part(name) for name in other.tensors}:
+        log.info(f"{other.path}: only {', '.join(sorted(taken)) or 'nothing'} is taken, the rest is {first.path}'s")
+
+    def together(own: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in own.items() if part(name) not in taken}
+        return found | {name: value for name, value in more.items() if part(name) in taken}
+
     return replace(
         first,
-        tensors={name: tensor for name, tensor in first.tensors.items() if part(name) not in replaced} | tensors,
-        names={name: own for name, own in first.names.items() if part(name) not in replaced} | names,
-        schedule=first.schedule | other.schedule,
-        config=first.config | other.config,
+        tensors=together(first.tensors, other.tensors),
+        names=together(first.names, other.names),
+        schedule=first.schedule or other.schedule,
+        config=other.config | first.config,
         tokenizer=first.tokenizer or other.tokenizer,
-        from_transformers=other.from_transformers if other.has("text.") else first.from_transformers,
+        from_transformers=other.from_transformers if towers else first.from_transformers,
     )
 
 
-def place_of(first: Contents, other: Contents) -> str:
-    """The place of a lone text tower: that of the family's tower of its width, else the first that is free."""
+def moved(contents: Contents, tower: str, place: str) -> Contents:
+    """The contents with a text tower at another place."""
+
+    def placed(own: Mapping[str, Any]) -> dict[str, Any]:
+        return {re.sub(rf"^{tower}\.", f"{place}.", name): value for name, value in own.items()}
+
+    return replace(contents, tensors=placed(contents.tensors), names=placed(contents.names))
+
+
+def place_of(first: Contents, other: Contents, own: str) -> str:
+    """The place of a lone text tower: that of the family's tower of its width, else its own or the first free one."""
     widths = {f"text.{i}": tower.width for i, tower in enumerate(first.family().text)}
-    embeddings = [tensor for name, tensor in other.tensors.items() if name.endswith("token_embedding.weight")]
-    width = embeddings[0].shape[-1] if embeddings else 0
+    embedding = next(
+        (tensor for name, tensor in other.tensors.items() if name.endswith("token_embedding.weight")), None
+    )
+    fitting = [place for place in widths if embedding is not None and widths[place] == embedding.shape[-1]]
+    named = [own] if own in widths and own != "text.0" else []
     free = [place for place in widths if not first.has(f"{place}.")]
-    return next((place for place in widths if widths[place] == width), (free or ["text.0"])[0])
+    return [*fitting, *named, *free, "text.0"][0]
 
 
 def source_of(contents: Contents, vae: Contents | None, tokenizer: CLIPTokenizer | None) -> Source:
@@ -145,9 +163,12 @@ def source_of(contents: Contents, vae: Contents | None, tokenizer: CLIPTokenizer
     sizes = VAEConfig()
     if vae:
         sizes = checked_vae(vae)
-        contents = completed(contents, replace(vae, tensors=first_stage(vae), names={}, schedule={}, tokenizer=None))
+        own = {name: tensor for name, tensor in contents.tensors.items() if not name.startswith(FIRST_STAGE)}
+        contents = replace(contents, tensors=own | first_stage(vae))
     elif not contents.has(FIRST_STAGE):
         raise BadInput("this checkpoint has no VAE: give one of its family with --vae FILE")
+    if len(contents.family().text) == 1 and not contents.has("text.0."):  # diffusers calls a refiner's the second
+        contents = moved(contents, "text.1", "text.0")
     stated = stated_config(contents.metadata)
     tensors, names = place_towers(contents.tensors, contents.names, contents.family())
     config = stated or without_last_layer(

@@ -1,7 +1,10 @@
 """Pickled checkpoints, VAEs of other files, tokenizers."""
 
+import argparse
+import datetime
 import gzip
 import itertools
+import logging
 import os
 import pickle
 import sys
@@ -11,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import families
+import numpy as np
 import pytest
 import torch
 from conftest import DATA
@@ -146,6 +150,92 @@ def test_code_in_a_pickle_is_named_and_not_run(tmp_path, monkeypatch, protocol, 
     if protocol == "plain pickle":  # the file would do it
         pickle.loads(path.read_bytes())
         assert (tmp_path / "ran").exists()
+
+
+def test_foreign_harmless_values_beside_the_tensors_are_passed_over(tmp_path, tensors, tiny):
+    """As training programs leave them: numbers of numpy, nothing, settings, schedulers, states of the optimizer."""
+    beside = {
+        "epoch": 7,
+        "loss": np.float64(0.5),
+        "steps": np.int64(9),
+        "best": None,
+        "names": ["a", ("b", 2.0)],
+        "args": argparse.Namespace(rate=1e-5),
+        "rng": np.random.default_rng(0).bit_generator.state,
+        "at": datetime.datetime(2024, 1, 1),
+        "path": Path("x"),
+        "dtype": torch.float16,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-5}]},
+    }
+    wrapped = {
+        "beside": {"state_dict": tensors} | beside,
+        "within": {"state_dict": tensors | {"best": np.float32(1.0), "nothing": None, "n": 3}},
+        "nested": {"model": {"state_dict": tensors}} | beside,
+        "module": {"module": {f"module.{name}": tensor for name, tensor in tensors.items()}},
+        "bare": tensors | beside,
+    }
+    for name, content in wrapped.items():
+        torch.save(content, tmp_path / f"{name}.ckpt")
+        model = scfg.load(tmp_path / f"{name}.ckpt", prediction="eps")
+        assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight), name
+
+
+KINDS = {  # names and shapes by which files of other kinds are told, and what is said
+    "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": "an SD 3 model",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "a Flux model",
+    "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight": "a motion module of AnimateDiff",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "control_model.input_hint_block.0.weight": "a ControlNet",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": "a LoRA",
+    "unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": "a LoRA",
+    "image_proj.proj.weight": "an IP-Adapter",
+    "string_to_param.*": "a textual inversion",
+    "body.0.rdb1.conv1.weight": "an upscaler of pictures",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_files_of_other_kinds_are_named(tmp_path, name):
+    with pytest.raises(scfg.BadInput, match=f"other.safetensors: this is {KINDS[name]}, not a checkpoint: give the"):
+        scfg.load(saved(tmp_path, {name: torch.ones(4, 4)}, "other.safetensors"))
+
+
+def relatives(tensors):
+    first = checkpoint.UNET + "input_blocks.0.0.weight"
+    for channels, what in ((5, "a depth model"), (7, "an upscaler"), (8, "a model that edits"), (9, "an inpainting")):
+        yield tensors | {first: torch.ones(32, channels, 3, 3)}, what
+    label = {checkpoint.UNET + "label_emb.0.0.weight": torch.ones(4, 4)}
+    yield tensors | label, "an unCLIP model"
+    yield tensors | {"edm_mean": torch.ones(4), "edm_std": torch.ones(4)}, "Playground 2.5, which is sampled as EDM"
+    yield tensors | {"edm_vpred.sigma_max": torch.ones(1)}, "a CosXL model"
+    yield tensors | {f"{checkpoint.UNET}time_mixer.mix": torch.ones(1)}, "a video model"
+
+
+def test_relatives_that_cannot_be_sampled_are_named_with_what_to_do(tmp_path, tensors):
+    for i, (changed, what) in enumerate(relatives(tensors)):
+        with pytest.raises(scfg.BadInput, match=f"{i}.safetensors: this is {what}.*: .*give ") as caught:
+            scfg.load(saved(tmp_path, changed, f"{i}.safetensors"))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_no_sampling_reads_is_said_when_asked_and_what_is_unknown_always(tmp_path, tensors, caplog):
+    unread = {"model_ema.decay": torch.ones(1), "control_model.zero.weight": torch.ones(1)}
+    path = saved(tmp_path, tensors | unread | {"surprise": torch.ones(2)}, "more.safetensors")
+    with caplog.at_level(logging.INFO, "scfg"), pytest.warns(UserWarning, match="ignored 1 tensors .* known: surprise"):
+        scfg.load(path, prediction="eps")
+    (said,) = [line for line in caplog.messages if "does not read" in line]
+    assert "control_model.zero.weight" in said and "model_ema.decay" in said and "\n" not in said
+    with pytest.raises(scfg.BadInput, match="unexpected model.diffusion_model.surprise"):
+        scfg.load(saved(tmp_path, tensors | {"model.diffusion_model.surprise": torch.ones(2)}), prediction="eps")
+
+
+def test_a_later_files_unet_and_vae_are_not_taken(tmp_path, tensors, tiny, caplog):
+    other = saved(tmp_path, {name: -tensor for name, tensor in tensors.items()}, "other.safetensors")
+    with caplog.at_level(logging.INFO, "scfg"):
+        model = scfg.load([TINY, other], prediction="eps")
+    assert torch.equal(model.unet.out[2].weight, tiny.unet.out[2].weight)
+    assert torch.equal(model.vae.quant_conv.weight, tiny.vae.quant_conv.weight)
+    assert "other.safetensors: only nothing is taken" in caplog.text
 
 
 def broken_files(tmp_path, tensors):
