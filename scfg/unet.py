@@ -328,6 +328,17 @@ class UNet(nn.Module):
         """The names of its transformer blocks, by which a Site and a Capture know them."""
         return [module.name for module in self.modules() if isinstance(module, TransformerBlock)]
 
+    def embed(self, t: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
+        """What every ResBlock is told, (r*b e): the timesteps, XL's vector, an LCM's guidance scale."""
+        for name, size in (("vector", self.config.vector_dim), ("guidance", self.config.guidance_dim)):
+            if (getattr(conditioning, name) is None) == bool(size):
+                raise BadInput(f"this U-Net takes {'a' if size else 'no'} {name} beside its tokens")
+        time = timestep_embedding(t, self.config.model_channels).to(dtype)
+        if conditioning.guidance is not None:
+            time = time + conditioning.guidance @ self.get_parameter("time_embed.cond_proj.weight").mT
+        embedding = expand(self.time_embed[:3](time), len(conditioning.tokens))
+        return embedding if conditioning.vector is None else embedding + self.label_emb(conditioning.vector)
+
     def forward(
         self,
         x: Tensor,
@@ -345,18 +356,11 @@ class UNet(nn.Module):
         attend: an attention function in place of the network's own. residuals: added to every skip, in the order of
         the input blocks, and to the middle (ControlNet). inject: added to a block's output, by name (T2I-Adapter).
         """
-        for name, size in (("vector", self.config.vector_dim), ("guidance", self.config.guidance_dim)):
-            if (getattr(conditioning, name) is None) == bool(size):
-                raise BadInput(f"this U-Net takes {'a' if size else 'no'} {name} beside its tokens")
         call = Call(conditioning, capture or Capture(), attend, inject)
         rows, skips = len(conditioning.tokens), []
         captured: Captured = {}
-        time = timestep_embedding(t, self.config.model_channels).to(x.dtype)
-        if conditioning.guidance is not None:
-            time = time + conditioning.guidance @ self.get_parameter("time_embed.cond_proj.weight").mT
-        embedding = expand(self.time_embed[:3](time), rows)
-        if conditioning.vector is not None:
-            embedding, x = embedding + self.label_emb(conditioning.vector), expand(x, rows)
+        embedding = self.embed(t, conditioning, x.dtype)
+        x = x if conditioning.vector is None else expand(x, rows)
         for block in self.input_blocks:
             x, of_block = block(x, embedding, call)
             captured |= of_block

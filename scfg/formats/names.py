@@ -44,7 +44,8 @@ UNUSED = re.compile(  # by names after PARTS: tensors that no sampling reads, pr
     r"|log_one_minus_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights)"
     r"|denoiser\.(sigmas|log_sigmas)|v_pred|ztsnr"
     r"|(control_model|embedding_manager|loss|optimizer_states|callbacks)(\..*)?"
-    r"|vision_model\..*|visual\..*|visual_projection\.weight|global_step|epoch|first_stage_model\.((loss|model_ema)\..*|colorize)|decay|num_updates"
+    r"|vision_model\..*|visual\..*|visual_projection\.weight"
+    r"|global_step|epoch|first_stage_model\.((loss|model_ema)\..*|colorize)|decay|num_updates"
     r"|text\.\d\.((text_model\.)?embeddings\.position_ids|attn_mask|logit_scale)"
 )
 RESNET = (

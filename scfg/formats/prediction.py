@@ -1,7 +1,6 @@
 """What a network predicts, by its answer to noise: files often do not say."""
 
 import logging
-import math
 import warnings
 from dataclasses import replace
 
@@ -16,35 +15,46 @@ from ..text import Prompt
 from .family import WEBUI_TERMINAL_ALPHA
 
 log = logging.getLogger("scfg")
-SURE = 0.5  # cosine between noise and what was found of it
+SURE = 0.3  # cosine between noise and what an answer owes to it: untrained networks stay below
+NEAR = 0.4  # from the share of noise that eps or v would have in the answer
+
+
+def predicts(model: Diffusion) -> Prediction | None:
+    """What the network's output means, or None where that cannot be told."""
+    share, cosine = answer_to_noise(model)
+    if not cosine > SURE:  # also where it is not a number
+        return None
+    # eps is all of pure noise, v hardly any of it (2202.00512, appendix D)
+    expected: dict[Prediction, float] = {"eps": 1.0, "v": (model.config.schedule.sigmas[-1] ** 2 + 1) ** -0.5}
+    return next((kind for kind, its in expected.items() if abs(share - its) < NEAR), None)
 
 
 @torch.no_grad()
-def predicts(model: Diffusion) -> Prediction | None:
-    """What the network's output means, or None where that cannot be told.
+def answer_to_noise(model: Diffusion) -> tuple[float, float]:
+    """How much of the noise is in the answer to nothing but noise, and how much the answer to little of it is alike.
 
-    It is shown noise over an empty latent. With little noise, both eps and v are about that noise; a network that does
-    not find it there was not trained, or predicts something else. With nothing but noise eps still is the noise; v is
-    minus the expected latent, which knows nothing of it (2202.00512, appendix D).
+    The network is shown noise and its opposite over an empty latent: half the difference of its answers is what they
+    owe to the noise, without the latent that it expects. Pure noise: the share of the noise in that, since how large
+    the answer is tells eps from v, and how alike it is does not: v that no longer knows of the noise may echo a little
+    of it. Little noise: the cosine, since both eps and v are about the noise, at whatever size.
     """
     config, unet = model.config, model.unet
-    fixed, channels = torch.Generator().manual_seed(0), config.unet.in_channels
-    noise = torch.randn(2, channels, 16, 16, generator=fixed)
+    noise = torch.randn(1, config.unet.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     last = config.schedule.timesteps - 1
-    t = [last, last // 5]
+    t = [last, last, last // 5, last // 5]
     sigma = torch.tensor([config.schedule.sigmas[one] for one in t], dtype=torch.float32)[:, None, None, None]
     zeros = torch.zeros(1, 1, config.unet.context_dim)
     pooled = torch.zeros(1, pooled_size(model)) if config.unet.vector_dim else None
     texts = dict.fromkeys(("uncond", "cond"), zeros)
     prompt = Prompt(texts, {} if pooled is None else dict.fromkeys(("uncond", "cond"), pooled))
     conditioner = prompt.conditioner(config, model.device, model.dtype)
-    x = (noise * sigma / (sigma**2 + 1).sqrt()).to(model.device, model.dtype)
+    x = (torch.cat([noise, -noise] * 2) * sigma / (sigma**2 + 1).sqrt()).to(model.device, model.dtype)
     conditioning = conditioner.condition([COND], config.schedule.moment(1.0), None, x.shape)
     out, _ = unet(x, torch.tensor(t, device=model.device), conditioning)
-    at_noise, at_picture = F.cosine_similarity(out.float().flatten(1).cpu(), noise.flatten(1)).tolist()
-    if not math.isfinite(at_noise + at_picture) or at_picture < SURE:
-        return None
-    return "eps" if at_noise > SURE else "v"
+    at_noise, at_picture = (out[::2] - out[1::2]).float().flatten(1).cpu() / 2
+    alone = noise.flatten()
+    share = at_noise @ alone / (alone @ alone)
+    return share.item(), F.cosine_similarity(at_picture, alone, dim=0).item()
 
 
 def pooled_size(model: Diffusion) -> int:
