@@ -50,6 +50,8 @@ def answer_to_noise(model: Diffusion) -> tuple[float, float]:
     conditioner = prompt.conditioner(config, model.device, model.dtype)
     x = (torch.cat([noise, -noise] * 2) * sigma / (sigma**2 + 1).sqrt()).to(model.device, model.dtype)
     conditioning = conditioner.condition([COND], config.schedule.moment(1.0), None, x.shape)
+    if config.unet.guidance_dim:
+        conditioning = conditioning._replace(guidance=x.new_zeros(1, config.unet.guidance_dim))
     out, _ = unet(x, torch.tensor(t, device=model.device), conditioning)
     at_noise, at_picture = (out[::2] - out[1::2]).float().flatten(1).cpu() / 2
     alone = noise.flatten()

@@ -46,7 +46,7 @@ def encode(
         return timeline[0]
     different = list({id(prompt): prompt for prompt in timeline}.values())
     knowing = {id(prompt): with_words_of(prompt, different) for prompt in different}
-    starts = tuple(map(float, sigmas or ()))[:-1] if len(timeline) > 1 else ()
+    starts = tuple(map(float, sigmas[:-1])) if sigmas is not None and len(timeline) > 1 else ()
     return ComposedPrompt(tuple(knowing[id(prompt)] for prompt in timeline), starts, weights if weighted else None)
 
 
