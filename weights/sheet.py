@@ -29,13 +29,12 @@ PROMPTS = (  # what the bare command draws, then others not picked by their pict
 
 def column_of(model: scfg.Diffusion, args: Namespace) -> tuple[Image.Image, ...]:
     """The picture of a prompt, its regions and its scale."""
-    prompt = cli.prompt_of(model, args)
-    job, record = cli.plan(model, prompt, args), Record()
+    job, record = cli.plan(model, args), Record()
     noise = model.noise([args.seed], args.size)
     x = noise() * math.sqrt(job.sigmas[0] ** 2 + 1)
     for step in tqdm(scfg.run(job.denoise, job.sampler, x, job.sigmas, noise), total=args.steps, leave=False):
         record.add(step)
-    areas = named_areas(record.scores[0], prompt.words[0], prompt.chunk)
+    areas = named_areas(record.scores[0], job.prompt.words[0], job.prompt.chunk)
     scale = record.scale[0].cpu().numpy().astype(float)
     return panels(to_image(model.decode(step.latent)[0]), areas, scale, SIDE)
 

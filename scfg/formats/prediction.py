@@ -1,10 +1,12 @@
 """What a network predicts, by its answer to noise: files often do not say."""
 
 import logging
+import math
 import warnings
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import SD2_V, predicting
@@ -20,43 +22,57 @@ NEAR = 0.4  # from the share of noise that eps or v would have in the answer
 
 
 def predicts(model: Diffusion) -> Prediction | None:
-    """What the network's output means, or None where that cannot be told."""
-    share, cosine = answer_to_noise(model)
-    if not cosine > SURE:  # also where it is not a number
-        return None
-    # eps is all of pure noise, v hardly any of it (2202.00512, appendix D)
-    expected: dict[Prediction, float] = {"eps": 1.0, "v": (model.config.schedule.sigmas[-1] ** 2 + 1) ** -0.5}
-    return next((kind for kind, its in expected.items() if abs(share - its) < NEAR), None)
+    """What the network's output means, or None where that cannot be told.
+
+    The answer to nothing but noise is all of it for eps, and hardly any for v (2202.00512, appendix D), of which an
+    untrained network has as little: the answer to a little noise, which eps and v are both about, tells them apart.
+    """
+    share, cosine = answer_to_pure_noise(model)
+    if cosine > SURE and abs(share - 1) < NEAR:
+        return "eps"
+    expected = (model.config.schedule.sigmas[-1] ** 2 + 1) ** -0.5
+    return "v" if abs(share - expected) < NEAR and likeness_to_little_noise(model) > SURE else None
+
+
+def answer_to_pure_noise(model: Diffusion) -> tuple[float, float]:
+    """The share of the noise in the network's answer to it, and their cosine.
+
+    The share tells eps from v, which may echo a little of the noise.
+    """
+    noise = fixed_noise(model)
+    out = answer(model, noise, model.config.schedule.timesteps - 1)
+    share = out.flatten() @ noise.flatten() / (noise.flatten() @ noise.flatten())
+    return share.item(), F.cosine_similarity(out.flatten(), noise.flatten(), dim=0).item()
+
+
+def likeness_to_little_noise(model: Diffusion) -> float:
+    """The cosine between a little noise and what the network's answer owes to it.
+
+    That is half the difference of the answers to the noise and to its opposite, without the latent that is expected.
+    """
+    noise = fixed_noise(model)
+    there, opposite = answer(model, torch.cat([noise, -noise]), model.config.schedule.timesteps // 5)
+    return F.cosine_similarity((there - opposite).flatten(), noise.flatten(), dim=0).item()
+
+
+def fixed_noise(model: Diffusion) -> Tensor:
+    return torch.randn(1, model.config.unet.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def answer_to_noise(model: Diffusion) -> tuple[float, float]:
-    """How much of the noise is in the answer to nothing but noise, and how much the answer to little of it is alike.
-
-    The network is shown noise and its opposite over an empty latent: half the difference of its answers is what they
-    owe to the noise, without the latent that it expects. Pure noise: the share of the noise in that, since how large
-    the answer is tells eps from v, and how alike it is does not: v that no longer knows of the noise may echo a little
-    of it. Little noise: the cosine, since both eps and v are about the noise, at whatever size.
-    """
-    config, unet = model.config, model.unet
-    noise = torch.randn(1, config.unet.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-    last = config.schedule.timesteps - 1
-    t = [last, last, last // 5, last // 5]
-    sigma = torch.tensor([config.schedule.sigmas[one] for one in t], dtype=torch.float32)[:, None, None, None]
+def answer(model: Diffusion, noise: Tensor, t: int) -> Tensor:
+    """The output (b c h w) for noise over an empty latent at a timestep, on the CPU in fp32."""
+    config = model.config
     zeros = torch.zeros(1, 1, config.unet.context_dim)
-    pooled = torch.zeros(1, pooled_size(model)) if config.unet.vector_dim else None
-    texts = dict.fromkeys(("uncond", "cond"), zeros)
-    prompt = Prompt(texts, {} if pooled is None else dict.fromkeys(("uncond", "cond"), pooled))
-    conditioner = prompt.conditioner(config, model.device, model.dtype)
-    x = (torch.cat([noise, -noise] * 2) * sigma / (sigma**2 + 1).sqrt()).to(model.device, model.dtype)
-    conditioning = conditioner.condition([COND], config.schedule.moment(1.0), None, x.shape)
+    pooled = {"cond": torch.zeros(1, pooled_size(model))} if config.unet.vector_dim else {}
+    conditioner = Prompt({"uncond": zeros, "cond": zeros}, pooled).conditioner(config, model.device, model.dtype)
+    sigma = float(config.schedule.sigmas[t])
+    x = (noise * sigma / math.sqrt(sigma**2 + 1)).to(model.device, model.dtype)
+    conditioning = conditioner.condition([COND], config.schedule.moment(sigma), None, x.shape)
     if config.unet.guidance_dim:
         conditioning = conditioning._replace(guidance=x.new_zeros(1, config.unet.guidance_dim))
-    out, _ = unet(x, torch.tensor(t, device=model.device), conditioning)
-    at_noise, at_picture = (out[::2] - out[1::2]).float().flatten(1).cpu() / 2
-    alone = noise.flatten()
-    share = at_noise @ alone / (alone @ alone)
-    return share.item(), F.cosine_similarity(at_picture, alone, dim=0).item()
+    out, _ = model.unet(x, x.new_full((len(x),), t, dtype=torch.float32), conditioning)
+    return out.float().cpu()
 
 
 def pooled_size(model: Diffusion) -> int:

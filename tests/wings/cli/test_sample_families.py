@@ -22,8 +22,10 @@ def files(tmp_path_factory):
     """Small files of random weights, base and refiner, and the tokenizer for both."""
     folder, vocabulary = tmp_path_factory.mktemp("families"), families.vocabulary(MERGES)
     CLIPTokenizer(vocab=vocabulary, merges=MERGES).save_pretrained(folder / "tokenizer")
+    said = {"modelspec.prediction_type": "epsilon"}  # networks of random weights cannot tell
     for name in ("sdxl", "sdxl_refiner"):
-        save_file(families.original(families.small(FAMILIES[name], len(vocabulary))), folder / f"{name}.safetensors")
+        tensors = families.original(families.small(FAMILIES[name], len(vocabulary)))
+        save_file(tensors, folder / f"{name}.safetensors", metadata=said)
     return folder
 
 
