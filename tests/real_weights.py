@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scfg
-from scfg import formats
 from scfg.checkpoint import UNUSED
 from scfg.cli.arguments import Parser, size
 from scfg.cli.region import number
+from scfg.formats.content import read_file
 from scfg.guidance import RULES
 from scfg.report import to_image
 

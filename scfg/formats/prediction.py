@@ -17,7 +17,7 @@ from ..text import Prompt
 from .family import WEBUI_TERMINAL_ALPHA
 
 log = logging.getLogger("scfg")
-SURE = 0.3  # cosine between noise and what an answer owes to it: untrained networks stay below
+SURE = 0.25  # cosine between noise and what an answer owes to it: networks of random weights stay below 0.2
 NEAR = 0.4  # from the share of noise that eps or v would have in the answer
 
 
