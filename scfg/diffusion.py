@@ -149,7 +149,7 @@ class Diffusion:
         multistep, ddim, schedule = sampler in MULTISTEP, sampler == "ddim", self.config.schedule
         to_zero = schedule.ddim_to_zero if ddim else True
         levels = schedule.spaced(spacing or self.spacing(sampler), steps, multistep or ddim, multistep, to_zero)
-        if ddim and schedule.terminal_alpha and levels[0] == schedule.sigmas[-1]:
+        if ddim and schedule.terminal_alpha and math.isclose(levels[0], schedule.sigmas[-1]):
             levels[0] = 1e10  # noise alone, which DDIM's step can start from
         if levels[0] < schedule.sigmas[-1] / 5:
             what = f"{steps} such steps start at sigma {levels[0]:.2g}, far from pure noise"

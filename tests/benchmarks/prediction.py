@@ -42,7 +42,7 @@ FAMILIES = {
     "SDXL": Family(SDXL),
     "SDXL refiner": Family(SDXL_REFINER),
     # as it was published for eps (2307.01952): pure noise is then a level that it never saw
-    "refiner, t < 200": Family(SDXL_REFINER, 200, ("eps", "v")),
+    "refiner, t < 200": Family(SDXL_REFINER, 200, ("eps",)),
 }
 
 

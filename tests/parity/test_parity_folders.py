@@ -285,9 +285,9 @@ def test_added_token(files: str, tmp_path: Path) -> None:
         close(context["cond"], cond, LIMIT)
 
 
-def test_lcm() -> None:
+def test_lcm(tmp_path: Path) -> None:
     """An LCM, whose network is told the guidance scale, by its sampler over its own timesteps."""
-    folder = written("lcm")
+    folder = scheduled(written("lcm"), tmp_path / "folder", {"_class_name": "LCMScheduler"})
     scheduler = LCMScheduler.from_config(PUBLISHED)
     pipe, model = changed(pipeline("lcm"), scheduler=scheduler), scfg.load(folder)
     assert model.config.unet.guidance_dim == 256 and model.config.spacing == "lcm"

@@ -111,7 +111,7 @@ def test_what_is_not_a_number_differs() -> None:
 )
 def test_bad_input_is_one_line(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     try:
-        status = real_weights.main(command("sd1", tmp_path / "page.md", *options))
+        status = real_weights.main(command("sd1", tmp_path / "page.md", "--prediction", "eps", *options))
     except SystemExit as error:
         status = error.code
     printed = capsys.readouterr()
