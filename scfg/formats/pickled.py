@@ -2,19 +2,38 @@
 
 import builtins
 import collections
+import io
+import math
+import mmap
 import pickle
+import pickletools
+import struct
 import types
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import BadInput
+
+INFLATED = 4  # times the file's size that its records may unpack to
+DEEPEST = 100  # values within values
+FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what they fill is no deeper for it
+
+
+def rebuilt(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+    """A tensor over a record; one that repeats its numbers would be larger in memory than in the file."""
+    if isinstance(storage, torch.storage.TypedStorage):  # of the format before zip
+        storage = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())  # type: ignore[no-untyped-call]
+    if math.prod(size) > len(storage):
+        raise ValueError("a tensor has more numbers than its record")
+    return torch.as_strided(storage, size, stride, offset)
+
 
 # what rebuilds tensors, numbers and dicts; whatever else a file names becomes an Inert
 HARMLESS: dict[tuple[str, str], Any] = {
@@ -26,9 +45,9 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("builtins", "tuple"): tuple,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor"): rebuilt,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding) if encoding == "latin1" else b"",
 }
@@ -73,6 +92,16 @@ class Code(Exception):
 class Unpickler(pickle.Unpickler):
     """Rebuilds tensors and plain values; nothing else that a file names is looked up, let alone run."""
 
+    def __init__(self, file: IO[bytes], **options: Any):
+        super().__init__(file, **options)
+        self.file = file
+
+    def load(self) -> Any:
+        start = self.file.tell()
+        check_depth(self.file)
+        self.file.seek(start)
+        return super().load()
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in HARMLESS:
             return HARMLESS[module, name]
@@ -90,6 +119,30 @@ class Unpickler(pickle.Unpickler):
         return Inert
 
 
+def check_depth(file: IO[bytes]) -> None:
+    """Refuse values nested so deep that handling them overflows the interpreter's stack, before any is made."""
+    stack: list[int | None] = []  # the depth of every value, None for a mark
+    memo: dict[int, int | None] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        before, after = opcode.stack_before, opcode.stack_after
+        if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])  # type: ignore[index]
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        else:
+            taken, count = [], len(before)
+            if pickletools.markobject in before:
+                count = before.index(pickletools.markobject)
+                while (top := stack.pop()) is not None:
+                    taken.append(top)
+            taken += [stack.pop() or 0 for _ in range(count)]
+            into = [taken.pop()] if opcode.name in FILLING else []
+            depth = max([1 + max(taken, default=-1), *into])
+            if depth > DEEPEST:
+                raise ValueError("it is nested too deep")
+            stack += [None if kind is pickletools.markobject else depth for kind in after]
+
+
 # what torch.load takes in place of the module pickle
 SAFE = types.SimpleNamespace(
     Unpickler=Unpickler,
@@ -99,18 +152,57 @@ SAFE = types.SimpleNamespace(
 )
 
 
+class Archive(Unpickler):
+    """Reads torch's zip format, whose tensors are records of their own: mapped where they are stored as they are."""
+
+    def __init__(self, archive: zipfile.ZipFile, file: IO[bytes]):
+        name = next(name for name in archive.namelist() if name.split("/")[-1] == "data.pkl")
+        super().__init__(io.BytesIO(archive.read(name)))
+        self.archive, self.folder, self.records = archive, name.removesuffix("data.pkl"), dict[str, Tensor]()
+        self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        """The flat tensor of a record, which must be as long as the file says that it is."""
+        _, kind, key, _, count = saved
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if key not in self.records:
+            info = self.archive.getinfo(f"{self.folder}data/{key}")
+            if info.file_size != count * dtype.itemsize:
+                raise ValueError(f"record {key} has {info.file_size} bytes")
+            self.records[key] = self.record(info, dtype) if count else torch.empty(0, dtype=dtype)
+        return self.records[key]
+
+    def record(self, info: zipfile.ZipInfo, dtype: torch.dtype) -> Tensor:
+        header = self.mapped[info.header_offset : info.header_offset + 30]
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or begin % dtype.itemsize:
+            return torch.frombuffer(bytearray(self.archive.read(info)), dtype=dtype)
+        return torch.frombuffer(self.mapped, dtype=dtype, count=info.file_size // dtype.itemsize, offset=begin)
+
+
+def read_archive(path: Path, file: IO[bytes]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        if sum(info.file_size for info in archive.infolist()) > INFLATED * path.stat().st_size:
+            raise BadInput(f"{path} unpacks to over {INFLATED} times its size, as no weights do: it is not read")
+        return Archive(archive, file).load()
+
+
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled checkpoint by name, memory-mapped where the format allows it."""
-    by_path = path.suffix != ".safetensors"  # which torch would take at its word; an open file cannot be mapped
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")
-            source, mapped = path if by_path else file, by_path and zipfile.is_zipfile(path)
-            content = torch.load(source, map_location="cpu", pickle_module=SAFE, weights_only=False, mmap=mapped)
+            if zipfile.is_zipfile(file):
+                content = read_archive(path, file)
+            else:
+                file.seek(0)
+                content = torch.load(file, map_location="cpu", pickle_module=SAFE, weights_only=False)
     except Code as error:
         what = f"{path} holds code ({error}), which was not run"
         raise BadInput(f"{what}: use a .safetensors file of this model") from None
-    except Exception:  # a torn file fails in as many ways as torch's reader has parts
+    except BadInput:
+        raise
+    except Exception:  # a torn file fails in as many ways as its readers have parts
         raise BadInput(f"{path} is no whole .ckpt file: download it again") from None
     tensors = dict(flattened(content))
     if not tensors:
