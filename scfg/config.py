@@ -1,7 +1,7 @@
 """Every difference between the model families, as plain frozen values."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from .schedule import Prediction, Schedule, Spacing
 
@@ -78,24 +78,6 @@ class Config:
     spacing: Spacing | None = None  # native noise levels; None: as usual for the sampler
     min_contrast: tuple[float, float] = (0.0, 0.0)  # below it named rules are plain CFG, see guidance.named_rule
     emphasis: Emphasis = "no-norm"  # how weights of words act, see prompting.emphasised
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`, also after a trip through JSON (which turns tuples into lists)."""
-
-        def frozen(value: Any) -> Any:
-            return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-        def rebuild(kind: type, values: dict[str, Any]) -> Any:
-            return kind(**{name: frozen(value) for name, value in values.items()})
-
-        kinds = {"unet": UNetConfig, "vae": VAEConfig, "schedule": Schedule}
-        parts = {name: rebuild(kind, fields[name]) for name, kind in kinds.items()}
-        towers = tuple(rebuild(TextConfig, tower) for tower in fields["text"])
-        return rebuild(cls, fields | parts | {"text": towers})
 
 
 CLIP_L = TextConfig()

@@ -1,16 +1,20 @@
-"""A Guidance as plain data, for JSON and back.
+"""A Guidance or a Config as plain data, for JSON and back.
 
-Such data comes from strangers, in the text of a picture: only the classes of one table can come of it, and every field
-is checked against its annotation.
+Such data comes from strangers, in the text of a picture or the header of a checkpoint: only the classes of one table
+can come of it, and every field is checked against its annotation.
 """
 
 import importlib
+import json
 import math
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .config import Config, TextConfig, UNetConfig, VAEConfig
 from .errors import BadInput
+from .schedule import Schedule
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe
 
 CLASSES = {  # by name, where they are
@@ -43,6 +47,9 @@ SLOTS = {  # the classes that may fill a field whose annotation names none
     ("Product", "second"): RULES,
     ("ByRegion", "base"): RULES,
 }
+CONFIGS = (Config, UNetConfig, VAEConfig, TextConfig, Schedule)
+BLOCKS = ("res_blocks", "transformer_depth", "middle_depth", "layers")  # fields that are numbers of blocks
+MOST_BLOCKS, MOST = 64, 2**20  # in one place; and of any other number
 RECIPES = {"official": OFFICIAL, "conditional": CONDITIONAL, "paper": PAPER}
 
 
@@ -99,8 +106,12 @@ def made(data: Any, allowed: tuple[str, ...], where: str) -> Any:
     name = data.get("class") if isinstance(data, dict) else None
     if not isinstance(name, str) or name not in allowed:
         raise BadInput(f"{where}: {shown(data)} is none of the classes {', '.join(allowed)}")
-    kind, given = class_of(name), {key: value for key, value in data.items() if key != "class"}
-    hints = get_type_hints(kind)
+    return filled(class_of(name), {key: value for key, value in data.items() if key != "class"}, where)
+
+
+def filled(kind: type[Any], given: dict[str, Any], where: str) -> Any:
+    """An instance of a class with these fields."""
+    name, hints = kind.__name__, get_type_hints(kind)
     unknown = sorted(map(str, given.keys() - {field.name for field in fields(kind)}))
     if unknown:
         raise BadInput(f"{where}: {name} has no {shown(unknown[0])}")
@@ -126,7 +137,9 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         hints = [one for one in arguments if one is not type(None)]
-        return None if value is None and len(hints) < len(arguments) else checked(value, hints[0], where)
+        if value is None and len(hints) < len(arguments):
+            return None
+        return checked(value, hints[isinstance(value, list)] if len(hints) > 1 else hints[0], where)
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
@@ -141,13 +154,59 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is Recipe:
         return RECIPES[value] if isinstance(value, str) and value in RECIPES else made(value, ("Recipe",), where)
-    if isinstance(hint, type) and is_dataclass(hint) and hint.__name__ in CLASSES:
-        return made(value, (hint.__name__,), where)
+    if isinstance(hint, type) and is_dataclass(hint):
+        own = hint in CONFIGS and isinstance(value, dict)
+        return filled(hint, value, where) if own else made(value, (hint.__name__,), where)
     if getattr(hint, "__name__", "") == "Area" and isinstance(value, str):
         from .regional import parse_area
 
         return parse_area(value)
     raise BadInput(f"{where}: {shown(value)} cannot be its value")
+
+
+def config_to_json(config: Config) -> str:
+    return json.dumps(asdict(config))
+
+
+def config_from_json(text: str) -> Config:
+    """The inverse of `config_to_json`; raises BadInput for what is none, or absurd."""
+    try:
+        data = json.loads(text)
+        config: Config = checked(data, Config, "scfg.config")
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"scfg.config is no JSON of a config ({type(error).__name__})") from None
+    for name, number in numbers(asdict(config)):
+        if not 0 <= number <= (MOST_BLOCKS if name in BLOCKS else MOST):
+            raise BadInput(f"scfg.config: {number} cannot be its {name}")
+    schedule, sizes = config.schedule, (*config.size, config.map_divisor, config.latent_scale)
+    if not (0 < schedule.beta_start <= schedule.beta_end < 1 and schedule.timesteps > 1 and min(sizes) > 0):
+        raise BadInput("scfg.config: its betas, timesteps, size, latent_scale or map_divisor cannot be")
+    return config
+
+
+def vocabulary_from(metadata: Mapping[str, str]) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
+    """A checkpoint's tokens and merges, and the words that it was trained on; raises BadInput for what cannot be."""
+    try:
+        vocab, merges, words = (json.loads(metadata.get(f"scfg.{name}", "[]")) for name in ("vocab", "merges", "words"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"its vocabulary is no JSON ({type(error).__name__})") from None
+    pairs = isinstance(merges, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in merges)
+    texts = [*words, *(part for pair in merges for part in pair)] if pairs and isinstance(words, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadInput("its merges are not pairs of texts, or its words no texts")
+    if vocab and (not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str)):
+        raise BadInput("its vocabulary does not number its tokens from 0 on")
+    return vocab or {}, [(one, other) for one, other in merges], words
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in a config's dict, and the field that it is in."""
+    inner = value.items() if isinstance(value, dict) else [(name, one) for one in value]
+    for field, one in inner:
+        if isinstance(one, dict | tuple):
+            yield from numbers(one, field)
+        elif isinstance(one, int | float):
+            yield field, one
 
 
 def shown(value: Any) -> str:

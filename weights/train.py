@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 
 from scfg import flatland
 from scfg.config import Config
+from scfg.data import config_to_json
 from scfg.evaluate.judge import SIDE, Judge
 from scfg.flatland import FLATLAND
 from scfg.formats import vocabulary
@@ -336,17 +337,9 @@ def export(config: Config, count: int) -> None:
             tensors[f"{config.text[0].prefix}text_model.{rest.removeprefix('towers.0.transformer.')}"] = value
     config = replace(config, latent_scale=1 / latents(config, count, "cpu").std().item())
     merges = world_merges()
-    metadata = {
-        "scfg.config": config.to_dict(),
-        "scfg.vocab": vocabulary(merges),
-        "scfg.merges": merges,
-        "scfg.words": flatland.WORDS,
-    }
-    save_file(
-        {k: v.half().contiguous() for k, v in tensors.items()},
-        HERE / "flatland.safetensors",
-        {k: json.dumps(v) for k, v in metadata.items()},
-    )
+    vocab = {"scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}
+    metadata = {"scfg.config": config_to_json(config)} | {k: json.dumps(v) for k, v in vocab.items()}
+    save_file({k: v.half().contiguous() for k, v in tensors.items()}, HERE / "flatland.safetensors", metadata)
     judge = torch.load(RUN / "judge.pt", weights_only=True)["average"]
     save_file({k: v.half().contiguous() for k, v in judge.items()}, HERE / "judge.safetensors")
     for path in (HERE / "flatland.safetensors", HERE / "judge.safetensors"):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import FIRST_STAGE, UNET
+from ..data import config_to_json
 from ..diffusion import Diffusion
 from ..errors import BadInput
 from ..text import Tower
@@ -43,7 +44,7 @@ def save(model: Diffusion, path: str | Path) -> None:
         raise BadInput("this model's weights are packed for the CPU: save it before scfg.cpu.pack")
     tensors = {UNET + name: value for name, value in own.items()}
     tensors |= {FIRST_STAGE + name: value for name, value in model.vae.state_dict().items()}
-    metadata = {"scfg.config": json.dumps(model.config.to_dict())}
+    metadata = {"scfg.config": config_to_json(model.config)}
     if model.text:
         for tower in model.text.towers:
             tensors |= {tower.config.prefix + name: value for name, value in tower_tensors(tower).items()}
