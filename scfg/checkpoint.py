@@ -220,7 +220,9 @@ def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
 
 def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[LoadedParts, list[str]]:
     """The networks, and complaints about tensors that are missing, left over or of other shapes."""
-    check_fit(config)
+    from .data import check_config, vocabulary_from
+
+    check_config(config)
     prefixes = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
     left = [name for name in source.tensors if not name.startswith(prefixes)]
     complaints = [f"unexpected {source.names.get(name, name)}" for name in left]
@@ -238,38 +240,9 @@ def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[Loa
         if not (own := with_prefix(source.tensors, tower.prefix)):
             raise BadInput(f"this is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
         towers.append(part(partial(Tower, tower), tower.prefix, tower_tensors(own)))
-    tokenizer, known_words = stated_tokenizer(source.metadata)
-    text = Text(towers, source.tokenizer or tokenizer, known_words) if towers else None
+    vocab, merges, known_words = vocabulary_from(source.metadata)
+    tokenizer = source.tokenizer
+    if vocab and tokenizer is None:  # without one, CLIP's own is looked for when first needed
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # annotated as text
+    text = Text(towers, tokenizer, known_words) if towers else None
     return LoadedParts(config, unet, vae, text, source.knows_prediction or "scfg.config" in source.metadata), complaints
-
-
-def check_fit(config: Config) -> None:
-    """Raise BadInput where a checkpoint's parts do not go together."""
-    unet, towers = config.unet, config.text
-    vector = sum(tower.pooled for tower in towers) + 256 * (5 if config.aesthetic_scores else 6)
-    facts = [
-        ("channels", unet.in_channels, config.vae.latent_channels),
-        ("channels", unet.in_channels, unet.out_channels),
-    ]
-    if towers:
-        facts += [("channels of text", unet.context_dim, sum(tower.width for tower in towers))]
-        facts += [("channels beside the text", unet.vector_dim, vector)] if unet.vector_dim else []
-    for what, taken, found in facts:
-        if taken != found:
-            raise BadInput(f"the U-Net takes {taken} {what}, not {found}: only text-to-image checkpoints are supported")
-    for tower in towers:
-        if (
-            tower.length < 3
-            or (tower.pad or 0) >= tower.vocabulary
-            or not 1 <= tower.layer_from_end <= tower.layers + 1
-        ):
-            raise BadInput(f"its text tower cannot be: {tower}")
-
-
-def stated_tokenizer(metadata: Metadata) -> tuple[CLIPTokenizer | None, list[str]]:
-    """The tokenizer that a file carries, if it does, and the words that its model was trained on; none: any."""
-    from .data import vocabulary_from
-
-    vocab, merges, words = vocabulary_from(metadata)
-    # transformers annotates merges as text and takes pairs
-    return CLIPTokenizer(vocab=vocab, merges=merges) if vocab else None, words  # type: ignore[arg-type]

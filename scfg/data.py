@@ -175,13 +175,35 @@ def config_from_json(text: str) -> Config:
         config: Config = checked(data, Config, "scfg.config")
     except (ValueError, RecursionError) as error:
         raise BadInput(f"scfg.config is no JSON of a config ({type(error).__name__})") from None
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raise BadInput where no such model can be, or its parts do not go together."""
     for name, number in numbers(asdict(config)):
         if not 0 <= number <= (MOST_BLOCKS if name in BLOCKS else MOST):
-            raise BadInput(f"scfg.config: {number} cannot be its {name}")
-    schedule, sizes = config.schedule, (*config.size, config.map_divisor, config.latent_scale)
+            raise BadInput(f"its config cannot be: {number} is its {name}")
+    unet, towers, schedule = config.unet, config.text, config.schedule
+    sizes = (*config.size, config.map_divisor, config.latent_scale)
     if not (0 < schedule.beta_start <= schedule.beta_end < 1 and schedule.timesteps > 1 and min(sizes) > 0):
-        raise BadInput("scfg.config: its betas, timesteps, size, latent_scale or map_divisor cannot be")
-    return config
+        raise BadInput("its config cannot be: look at betas, timesteps, size, latent_scale and map_divisor")
+    for tower in towers:
+        if (
+            tower.length < 3
+            or (tower.pad or 0) >= tower.vocabulary
+            or not 1 <= tower.layer_from_end <= tower.layers + 1
+        ):
+            raise BadInput(f"its config cannot be: a text tower is {tower}")
+    facts = [("channels", unet.in_channels, config.vae.latent_channels)]
+    facts += [("channels", unet.in_channels, unet.out_channels)]
+    if towers:
+        facts += [("channels of text", unet.context_dim, sum(tower.width for tower in towers))]
+    if towers and unet.vector_dim:
+        vector = sum(tower.pooled for tower in towers) + 256 * (5 if config.aesthetic_scores else 6)
+        facts += [("channels beside the text", unet.vector_dim, vector)]
+    for what, taken, found in facts:
+        if taken != found:
+            raise BadInput(f"the U-Net takes {taken} {what}, not {found}: only text-to-image checkpoints are supported")
 
 
 def vocabulary_from(metadata: Mapping[str, str]) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:

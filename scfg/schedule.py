@@ -70,16 +70,11 @@ class Schedule:
         return Moment(sigma, t, 1 - t / (self.timesteps - 1), dx0_dx, dx0_dout)
 
     def spaced(
-        self,
-        spacing: Spacing,
-        steps: int,
-        rounded: bool = False,
-        drop_lowest: bool = False,
-        to_zero: bool | None = True,
+        self, spacing: Spacing, steps: int, rounded: bool = False, drop: bool = False, to_zero: bool | None = True
     ) -> list[float]:
         """The `steps + 1` sigmas of a run, falling; the last is where it ends.
 
-        linspace: timesteps are rounded or not, and with drop_lowest one point more is spread and the lowest left out.
+        linspace: timesteps are rounded or not, and with drop one point more is spread and the lowest left out.
         to_zero: the run ends at 0 or, but for karras, at sigma(0); None: at sigma(0) for leading alone.
         """
         most = DISTILLED if spacing == "lcm" else self.timesteps
@@ -88,13 +83,13 @@ class Schedule:
         if spacing == "karras":  # Karras et al. 2022 (2206.00364), eq. 5 with rho = 7
             ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
             return [*(ramp**7).tolist(), 0.0]
-        drop, every = int(drop_lowest and steps < self.timesteps), np.arange(self.timesteps)
+        extra, every = int(drop and steps < self.timesteps), np.arange(self.timesteps)
         t: np.ndarray
         if spacing == "leading":  # its offset has no room where every timestep is a step
-            offset = self.leading_offset * (steps + drop < self.timesteps)
-            t = (every[drop : steps + drop] * (self.timesteps // (steps + drop)) + offset)[::-1]
+            offset = self.leading_offset * (steps + extra < self.timesteps)
+            t = (every[extra : steps + extra] * (self.timesteps // (steps + extra)) + offset)[::-1]
         elif spacing == "linspace":
-            t = np.linspace(0, self.timesteps - 1, steps + drop)[drop:][::-1]
+            t = np.linspace(0, self.timesteps - 1, steps + extra)[extra:][::-1]
             t = t.round() if rounded else t
         elif spacing == "trailing":
             t = (self.timesteps - np.arange(steps) * self.timesteps / steps).round() - 1

@@ -92,8 +92,8 @@ class Code(Exception):
 class Unpickler(pickle.Unpickler):
     """Rebuilds tensors and plain values; nothing else that a file names is looked up, let alone run."""
 
-    def __init__(self, file: IO[bytes], **options: Any):
-        super().__init__(file, **options)
+    def __init__(self, file: IO[bytes], encoding: str = "ASCII"):
+        super().__init__(file, encoding=encoding)
         self.file = file
 
     def load(self) -> Any:
@@ -146,7 +146,7 @@ def check_depth(file: IO[bytes]) -> None:
 # what torch.load takes in place of the module pickle
 SAFE = types.SimpleNamespace(
     Unpickler=Unpickler,
-    load=lambda file, **options: Unpickler(file, **options).load(),
+    load=lambda file, encoding="ASCII": Unpickler(file, encoding).load(),
     UnpicklingError=pickle.UnpicklingError,
     __name__="pickle",
 )

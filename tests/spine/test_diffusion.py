@@ -316,7 +316,7 @@ def test_a_sampler_s_noise_levels_are_the_usual_ones(flat, tiny):
     spaced = scfg.Schedule().spaced
     assert tiny.config.spacing is flat.config.spacing is None
     assert tiny.sigmas(7, "ddim") == spaced("leading", 7, rounded=True, to_zero=False)
-    assert tiny.sigmas(7, "dpmpp_2m") == tiny.sigmas(7) == spaced("linspace", 7, rounded=True, drop_lowest=True)
+    assert tiny.sigmas(7, "dpmpp_2m") == tiny.sigmas(7) == spaced("linspace", 7, rounded=True, drop=True)
     for sampler in ("dpmpp_2m_sde", "unipc"):
         assert tiny.sigmas(7, sampler) == tiny.sigmas(7)
     for sampler in ("euler", "heun", "euler_ancestral"):

@@ -61,7 +61,7 @@ def times(*args, **options) -> list[float]:
 def test_timesteps():
     assert times("leading", 4) == [751, 501, 251, 1]
     assert times("leading", 4, to_zero=False) == [751, 501, 251, 1]
-    assert times("linspace", 4, rounded=True, drop_lowest=True) == pytest.approx([999, 749, 500, 250])
+    assert times("linspace", 4, rounded=True, drop=True) == pytest.approx([999, 749, 500, 250])
     assert times("linspace", 4) == pytest.approx([999, 666, 333, 0])
     assert times("lcm", 4) == pytest.approx([999, 759, 499, 259])  # 2310.04378: of 999, 979, ... 19
     assert times("trailing", 4) == pytest.approx([999, 749, 499, 249])
@@ -71,7 +71,7 @@ def test_timesteps():
 def test_linspace_timesteps_are_rounded_only_where_asked():
     assert times("linspace", 5) == pytest.approx([999, 749.25, 499.5, 249.75, 0])
     assert times("linspace", 5, rounded=True) == pytest.approx([999, 749, 500, 250, 0])
-    assert times("linspace", 4, drop_lowest=True) == pytest.approx([999, 749.25, 499.5, 249.75])
+    assert times("linspace", 4, drop=True) == pytest.approx([999, 749.25, 499.5, 249.75])
 
 
 def test_leading_ends_at_zero_or_at_the_lowest_noise_level():
