@@ -2,15 +2,13 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from PIL import Image
-
 from ..config import Emphasis
 from ..errors import BadInput
+from ..regional.picture import opened
 from ..schedule import Spacing
 from .arguments import SAMPLER_NAMES
 
@@ -75,15 +73,14 @@ def read(text: str) -> Infotext:
 
 
 def read_picture(path: Path) -> Infotext:
+    """The settings in the text of a picture; raises BadInput where there are none."""
+    with opened(path) as image:
+        text = image.info.get("parameters")
+    if not isinstance(text, str):
+        raise BadInput(f"--from {path}: it has no text that says how it was made")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                text = image.info.get("parameters")
-        if not isinstance(text, str):
-            raise BadInput("it has no text that says how it was made")
         return read(text)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except BadInput as error:
         raise BadInput(f"--from {path}: {error}") from None
 
 

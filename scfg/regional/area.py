@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -286,32 +285,30 @@ def too_small(inside: Tensor) -> Tensor:
     return inside.mean((-2, -1), keepdim=True) < SMALLEST
 
 
-def mask(picture: str | Path | Tensor) -> Mask:
-    """From a picture file, white inside and transparent outside; or from a tensor (h w) or (b 1 h w) from 0 to 1."""
-    if isinstance(picture, Tensor):
-        values = picture.float()[(None,) * max(0, 4 - picture.ndim)]
-        if values.ndim != 4 or values.shape[1] != 1 or not values.numel() or not 0 <= values.min() <= values.max() <= 1:
-            bounds = f" from {picture.min():g} to {picture.max():g}" if picture.numel() else ""
-            what = f"a mask is (h w) or (b 1 h w) with values from 0 to 1; this one is {tuple(picture.shape)}{bounds}"
-            raise BadInput(what)
-        return Mask(None, values)
-    from PIL import Image
+def mask(picture: "str | Path | Tensor | np.ndarray | Image.Image") -> Mask:
+    """From a picture or its file, white inside, transparent outside; or from values from 0 to 1, (h w) or (b 1 h w)."""
+    if not isinstance(picture, Tensor | np.ndarray):
+        from PIL import Image
 
+        from .picture import lightness, opened
+
+        if isinstance(picture, Image.Image):
+            return Mask(None, torch.from_numpy(lightness(picture))[None, None])
+        if not isinstance(picture, str | Path):
+            raise BadInput(f"a mask is a picture, its file, or an array of values from 0 to 1, not {picture!r}")
+        with opened(picture) as image:
+            return Mask(str(picture), torch.from_numpy(lightness(image))[None, None])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(picture) as image:
-                return Mask(str(picture), torch.from_numpy(lightness(image))[None, None])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BadInput(f"{picture} is no picture to be used as a mask: {error}") from None
-
-
-def lightness(image: "Image.Image") -> np.ndarray:
-    """(h w), 0 to 1, on black where it is transparent."""
-    if image.mode.startswith("I"):  # 16 bits, which conversion would cut off at 255
-        return np.clip(np.asarray(image, dtype=np.float32) / 65535, 0, 1)
-    light, opaque = np.moveaxis(np.asarray(image.convert("RGBA").convert("LA"), dtype=np.float32) / 255, -1, 0)
-    return light * opaque
+        values = picture if isinstance(picture, Tensor) else torch.from_numpy(np.ascontiguousarray(picture))
+        values = values.float()
+    except TypeError as error:
+        raise BadInput(f"a mask of an array has values from 0 to 1: {error}") from None
+    values = values[(None,) * max(0, 4 - values.ndim)]
+    if values.ndim != 4 or values.shape[1] != 1 or not values.numel() or not 0 <= values.min() <= values.max() <= 1:
+        bounds = f" from {values.min():g} to {values.max():g}" if values.numel() else ""
+        what = f"a mask is (h w) or (b 1 h w) with values from 0 to 1; this one is {tuple(picture.shape)}{bounds}"
+        raise BadInput(what)
+    return Mask(None, values)
 
 
 def on_device(values: Tensor, regions: Regions | None) -> Tensor:

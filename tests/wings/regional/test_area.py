@@ -1,13 +1,15 @@
 """Areas as data."""
 
 import copy
+import os
 import pickle
 from functools import reduce
 
+import numpy as np
 import pytest
 import torch
 from conftest import seeded
-from PIL import Image
+from PIL import Image, ImageOps
 
 import scfg
 from scfg.regional.area import Area, find_phrase
@@ -113,13 +115,52 @@ def test_masks_of_all_kinds_of_files(tmp_path):
 
 def test_a_file_that_is_no_mask_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
-    Image.new("L", (64, 64)).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    Image.new("L", (64, 64)).save(tmp_path / "many.png")
+    Image.fromarray(np.arange(2500, dtype=np.uint8).reshape(50, 50)).save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:100])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    for name in ("text", "half", "whole"):  # the last one is now suspiciously large
-        with pytest.raises(scfg.BadInput, match=f"{name}.png is no picture to be used as a mask: ") as caught:
+    (tmp_path / "drawing.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in {
+        "text": "is no picture that is read here: give a PNG, JPEG",
+        "drawing": "is no picture that is read here",  # Pillow would start Ghostscript
+        "half": "is no whole picture",
+        "many": "is too large: make it smaller",  # now that less is suspicious
+        "pipe": "is no file",
+        "absent": "is not there",
+    }.items():
+        with pytest.raises(scfg.BadInput, match=f"{name}.png {message}") as caught:
             scfg.mask(tmp_path / f"{name}.png")
         assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_of_many_pixels_is_not_decoded(tmp_path):
+    Image.new("L", (9400, 1800)).save(tmp_path / "mask.png")
+    with pytest.raises(scfg.BadInput, match=r"mask.png is too large \(9400x1800 are more than 16777216 pixels\)"):
+        scfg.mask(tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_read_the_way_up_that_viewers_show_it(tmp_path, suffix, orientation):
+    stored, exif = np.zeros((64, 32), np.uint8), Image.Exif()
+    stored[:32, :16] = 255
+    exif[0x112] = orientation
+    Image.fromarray(stored).save(tmp_path / f"mask.{suffix}", exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / f"mask.{suffix}")).convert("L")
+    found = scfg.mask(tmp_path / f"mask.{suffix}")(None, (shown.height, shown.width))[0, 0]
+    assert torch.allclose(found, torch.from_numpy(np.asarray(shown) / 255).float(), atol=0.1)
+
+
+def test_masks_of_pictures_and_arrays():
+    half = np.zeros((4, 4), np.float32)
+    half[:2] = 1
+    expected = scfg.mask(torch.from_numpy(half))(None, (4, 4))
+    for given in (half, half.astype(bool), half.astype(np.uint8), half[:, ::-1], Image.fromarray(half > 0)):
+        assert torch.equal(scfg.mask(given)(None, (4, 4)), expected)
+    for wrong in (half * 255, half.astype(object), np.array(["x"]), 3, None, [[1.0]]):
+        with pytest.raises(scfg.BadInput, match="a mask (is|of an array)"):
+            scfg.mask(wrong)
 
 
 def test_many_operators_take_no_more_than_their_areas():
@@ -166,7 +207,7 @@ def test_a_description_prints_as_what_is_read_back(text):
 
 
 def test_masks_are_equal_where_their_pixels_and_files_are(tmp_path):
-    files = [tmp_path / name for name in ("a.png", "b (1), c.png", "d.tif")]
+    files = [tmp_path / name for name in ("a.png", "b (1), c.png", "d.bmp")]
     for path in files:
         Image.new("L", (8, 4), 255).save(path)
         area = scfg.mask(path)
