@@ -3,7 +3,6 @@
 import math
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +23,14 @@ def run(args: Namespace) -> Tensor:
     print(cli.summary(args, model))
     times += [time.perf_counter(), 0.0, 0.0]
 
-    latents, flags = [], []
+    latents, flags, made = [], [], cli.texts_of(args.out) if args.resume else set()
     with tqdm(total=args.count * args.steps, desc="sampling", unit="step") as progress:
         for first in range(args.seed, args.seed + args.count, args.batch):
             seeds = range(first, min(first + args.batch, args.seed + args.count))
+            texts = [cli.parameters(args, model, seeds, i) for i in range(len(seeds))]
+            if made.issuperset(texts):
+                progress.update(len(seeds) * args.steps)
+                continue
             started = time.perf_counter()
             noise, record = model.noise(seeds, args.size), Record()
             x = noise() * math.sqrt(job.sigmas[0] ** 2 + 1)
@@ -35,7 +38,9 @@ def run(args: Namespace) -> Tensor:
                 record.add(step)
                 progress.update(len(seeds))
             sampled = time.perf_counter()
-            write(model, job.prompt.chunk, args, seeds, step.latent, record)
+            for i, text in enumerate(texts):
+                if text not in made:
+                    write(model, job.prompt.chunk, args, seeds[i], text, step.latent, record, i)
             times[2] += sampled - started
             times[3] += time.perf_counter() - sampled
             latents.append(step.latent)
@@ -43,20 +48,24 @@ def run(args: Namespace) -> Tensor:
     for line in note_lines(flags, args.steps):
         print(line)
     print(f"load {times[1] - times[0]:.1f} s, sampling {times[2]:.1f} s, decoding and writing {times[3]:.1f} s")
-    return torch.cat(latents)
+    return torch.cat(latents) if latents else torch.empty(0, *model.latent_shape(args.size))
 
 
 def write(
-    model: scfg.Diffusion, chunk: int | None, args: Namespace, seeds: Sequence[int], latents: Tensor, record: Record
+    model: scfg.Diffusion,
+    chunk: int | None,
+    args: Namespace,
+    seed: int,
+    text: str,
+    latents: Tensor,
+    record: Record,
+    i: int,
 ) -> None:
-    """Decode a batch, one by one to save memory, and write every picture with its regions beside it."""
-    for i, seed in enumerate(seeds):
-        picture = to_image(model.decode(latents[i : i + 1])[0])
-        name, text = f"{cli.next_number(args.out):05d}-{seed}", cli.parameters(args, model, seeds, i, picture)
-        title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
-        regions = sheet(picture, record.scores[i], record.scale[i], record.words[0], title, chunk)
-        cli.save(regions, args.out / f"{name}-regions.png", text)
-        cli.save(picture, args.out / f"{name}.png", text)
+    """Decode the i-th latent of a batch, by itself to save memory, and write the picture with its regions beside it."""
+    picture = to_image(model.decode(latents[i : i + 1])[0])
+    title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
+    regions = sheet(picture, record.scores[i], record.scale[i], record.words[0], title, chunk)
+    cli.save(args.out, seed, text, picture, regions)
 
 
 def main() -> None:

@@ -236,6 +236,9 @@ def add_run(parser: Parser) -> None:
         help="pictures made at once; they depend on their seeds alone (default: %(default)s)",
     )
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
+    add(
+        "--resume", action="store_true", help="make only the pictures of this command that the folder does not hold yet"
+    )
     add("--verbose", action="store_true", help="say what was ignored in files, and what was found out about them")
 
 
@@ -285,6 +288,8 @@ def check(parser: Parser, args: argparse.Namespace, rest: list[str]) -> None:
         parser.error(f'the prompt is one argument: put it in quotes, "{" ".join([args.prompt, *rest])}"')
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.resume and args.seed == -1:
+        parser.error("--resume goes on with a seed that was said: give it in place of -1")
     if args.refiner_from is not None and not args.refiner:
         parser.error("--refiner-from says when a refiner takes over: give its file with --refiner")
     if args.interval and args.interval[0] >= args.interval[1]:

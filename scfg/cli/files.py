@@ -4,21 +4,23 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from ..data import to_dict
 from ..diffusion import Diffusion
 from ..errors import BadInput
+from ..formats.whole import sweep, whole
 from ..guidance import Rule
+from ..regional.picture import opened
 from .arguments import SAMPLER_NAMES
 from .infotext import write
 
 
-def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int], i: int, picture: Image.Image) -> str:
+def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int], i: int) -> str:
     """The text of the i-th picture of a batch, for its PNG's 'parameters' chunk."""
     scale = scale_of(args.guidance.scale)
     prompts = [option.prompted() for option in args.region if option.prompt]
@@ -28,7 +30,7 @@ def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int],
         "Schedule type": args.spacing,
         "CFG scale": None if scale is None else f"{scale:g}",
         "Seed": seeds[i],
-        "Size": f"{picture.width}x{picture.height}",
+        "Size": f"{args.size[0]}x{args.size[1]}",
         "Model": args.checkpoint.stem if args.checkpoint else model.config.name,
         "Guidance": json.dumps(to_dict(args.guidance), ensure_ascii=False),
         "Region prompts": json.dumps(prompts, ensure_ascii=False) if prompts else None,
@@ -47,7 +49,8 @@ def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int],
         "Batch size": len(seeds) if len(seeds) > 1 else None,
         "Batch pos": i if len(seeds) > 1 else None,
     }
-    return write(args.prompt, args.negative or "", facts)
+    # file names may be no text
+    return write(args.prompt, args.negative or "", facts).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def scale_of(rule: Rule) -> float | None:
@@ -56,17 +59,35 @@ def scale_of(rule: Rule) -> float | None:
     return scale_of(inner) if inner else getattr(rule, "gamma", None)
 
 
-def save(image: Image.Image, path: Path, text: str) -> None:
-    """Write a PNG whole or not at all."""
-    info = PngInfo()
+def save(folder: Path, seed: int, text: str, picture: Image.Image, regions: Image.Image) -> None:
+    """Write a picture and its regions under the first number that no other process has taken, and say where."""
+    number = next_number(folder)
+    while True:
+        name = f"{number:05d}-{seed}"
+        try:
+            for image, path in ((regions, folder / f"{name}-regions.png"), (picture, folder / f"{name}.png")):
+                with whole(path) as part:
+                    save_png(image, part, text)
+                tqdm.write(str(path))
+            return
+        except FileExistsError:
+            number += 1
+
+
+def save_png(image: Image.Image, path: Path, text: str) -> None:
+    info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
-    part = path.with_suffix(".part")
-    try:
-        image.save(part, "png", pnginfo=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    tqdm.write(str(path))
+    image.save(path, "png", pnginfo=info)
+
+
+def texts_of(folder: Path) -> set[str]:
+    """The texts of the pictures in a folder, by which a run knows what it made before."""
+    found = set()
+    for path in folder.glob("*-*.png"):
+        if not path.stem.endswith("-regions"):
+            with suppress(BadInput), opened(path) as image:
+                found.add(image.info.get("parameters", ""))
+    return found
 
 
 def check_writable(folder: Path) -> None:
@@ -77,6 +98,7 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         what = f"cannot write into the folder {folder} ({error.strerror})"
         raise BadInput(f"{what}: choose another with --out") from None
+    sweep(folder)
 
 
 def next_number(folder: Path) -> int:

@@ -28,6 +28,6 @@ def reporting_errors(program: str) -> Iterator[None]:
         print(f"{program}: not enough memory for this: try a smaller --size or --batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        line = "interrupted; pictures named above are whole. To go on, raise --seed by their number."
+        line = "interrupted; pictures named above are whole. The same command with --resume makes the rest."
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)

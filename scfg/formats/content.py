@@ -1,5 +1,6 @@
 """From a path to the tensors in it; the first bytes decide what a file is, not its suffix."""
 
+import os
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +30,8 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         begin = file.read(64)
     if begin[8:9] == b"{":
+        if os.fsencode(path) != str(path).encode(errors="replace"):
+            raise BadInput(f"{str(path)!r} has a name that is no text, which no .safetensors file can have: rename it")
         source = checkpoint.read(path)
         return source.tensors, source.metadata
     for mark, what in KINDS:
@@ -42,9 +45,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_exists(path: Path) -> None:
+    """Raise BadInput where this is no file that can be read."""
     if path.is_symlink() and not path.exists():
         raise BadInput(f"no such file: {path} is a link to {path.readlink()}, which is not there")
     if not path.exists():
         raise BadInput(f"no such file: {path}")
     if not path.is_file():
-        raise BadInput(f"{path} is a folder, not a file")
+        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}, not a file")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None

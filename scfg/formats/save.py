@@ -15,6 +15,7 @@ from ..diffusion import Diffusion
 from ..errors import BadInput
 from ..text import Tower
 from ..unet import UNet
+from .whole import whole
 
 OPEN_CLIP = (  # transformers' names -> open_clip's
     (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
@@ -49,12 +50,8 @@ def save(model: Diffusion, path: str | Path) -> None:
         for tower in model.text.towers:
             tensors |= {tower.config.prefix + name: value for name, value in tower_tensors(tower).items()}
         metadata |= tokenizer_of(model.text.tokenizer) | {"scfg.words": json.dumps(sorted(model.text.known_words))}
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole(path, over=True) as part:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def tower_tensors(tower: Tower) -> dict[str, Tensor]:

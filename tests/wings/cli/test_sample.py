@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ import scfg
 from scfg import cli, from_dict
 from scfg.cli.infotext import read
 from scfg.diffusion import embedded_checkpoint
+from scfg.formats.whole import HOST
 from scfg.guidance import named_rule
 
 ROOT = Path(__file__).parents[3]
@@ -372,12 +374,66 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def torn(path, *words, **options):
         path.write_bytes(b"half")
-        raise OSError("no space left")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image, "save", torn)
-    with pytest.raises(OSError, match="no space left"):
-        cli.save(image, tmp_path / "00000-0.png", "text")
+    with pytest.raises(scfg.BadInput, match=r"cannot write .*00000-0-regions.png \(No space left on device\)"):
+        cli.save(tmp_path, 0, "text", image, image)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_another_process_took_in_the_same_moment_is_left_to_it(tmp_path, monkeypatch):
+    """Both found it free; the second goes on to the next, and nothing is overwritten, with hard links or without."""
+    image = Image.new("RGB", (4, 4))
+    monkeypatch.setattr("scfg.cli.files.next_number", lambda folder: 0)
+    for i, no_links in enumerate((False, False, True, True)):
+        if no_links:
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "Operation not permitted")))
+        cli.save(tmp_path, 0, f"text {i}", image, image)
+    assert len(list(tmp_path.iterdir())) == 8
+    for i in range(4):
+        assert Image.open(tmp_path / f"{i:05d}-0.png").text["parameters"] == f"text {i}"
+
+
+def test_what_killed_runs_left_behind_is_swept_away(tmp_path):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    (tmp_path / f".a.png.{HOST}.{dead.pid}.part").touch()
+    kept = {f".b.png.{HOST}.{os.getpid()}.part", f".c.png.elsewhere.{dead.pid}.part", "own.part"}
+    for name in kept:
+        (tmp_path / name).touch()
+    cli.check_writable(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_run_that_was_interrupted_goes_on_with_what_is_missing(tmp_path):
+    """To the bit, also in the middle of a batch; what is there already is not made again."""
+    words = ("--steps", "2", "--count", "5", "--batch", "2")
+    whole = made(tmp_path / "whole", *words)
+    made(tmp_path / "part", "--steps", "2", "--count", "4", "--batch", "2")
+    for path in (*(tmp_path / "part").glob("*-1.png"), *(tmp_path / "part").glob("*-1-regions.png")):
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "part").iterdir()}
+    rest = made(tmp_path / "part", *words, "--resume")
+    assert len(rest) == 3 and torch.equal(rest, whole[[0, 1, 4]])  # the batches of seed 1 and of seed 4
+    after = sorted(path.name.split("-", 1)[1] for path in (tmp_path / "part").iterdir())
+    assert after == sorted(path.name.split("-", 1)[1] for path in (tmp_path / "whole").iterdir())
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(made(tmp_path / "part", *words, "--resume")) == 0
+    assert len(made(tmp_path / "part", *words, "--resume", "--scale", "3")) == 5  # of another setting there is none
+
+
+def test_a_file_name_that_is_no_text_loses_no_picture(tmp_path, flat):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/va\xe9.safetensors"))
+    args = sample.parse(["--steps", "1"])
+    cli.plan(flat, args)
+    args.vae = named
+    text, image = cli.parameters(args, flat, [0], 0), Image.new("RGB", (4, 4))
+    cli.save(tmp_path, 0, text, image, image)
+    assert "VAE: va\ufffd" in facts(tmp_path / "00000-0.png")
+    shutil.copy(embedded_checkpoint(), named)  # which the library refuses to open
+    with pytest.raises(scfg.BadInput, match=r"va\\udce9.safetensors' has a name that is no text.*: rename it"):
+        scfg.load(named)
 
 
 WRONG = {
