@@ -1,4 +1,4 @@
-"""A Guidance or a Config as plain data, for JSON and back.
+"""What comes from outside, checked: a Guidance or a Config as plain data, for JSON and back; what callers give.
 
 Such data comes from strangers, in the text of a picture or the header of a checkpoint: only the classes of one table
 can come of it, and every field is checked against its annotation.
@@ -9,12 +9,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, SupportsFloat, Union, get_args, get_origin, get_type_hints
+
+import torch
 
 from .config import Config, TextConfig, UNetConfig, VAEConfig
-from .errors import BadInput
-from .schedule import Schedule
+from .errors import BadInput, shown
+from .schedule import Prediction, Schedule
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe
 
 CLASSES = {  # by name, where they are
@@ -47,6 +50,7 @@ SLOTS = {  # the classes that may fill a field whose annotation names none
     ("Product", "second"): RULES,
     ("ByRegion", "base"): RULES,
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CONFIGS = (Config, UNetConfig, VAEConfig, TextConfig, Schedule)
 BLOCKS = ("res_blocks", "transformer_depth", "middle_depth", "layers")  # fields that are numbers of blocks
 MOST_BLOCKS, MOST = 64, 2**20  # in one place; and of any other number
@@ -164,6 +168,55 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     raise BadInput(f"{where}: {shown(value)} cannot be its value")
 
 
+def check_guidance(part: Any) -> None:
+    """Raise BadInput where a part of a Guidance stands in a slot of another kind, or its numbers are none.
+
+    Parts of other packages are not looked into.
+    """
+    kind = type(part).__name__
+    if kind not in CLASSES or type(part) is not class_of(kind):
+        return
+    hints, parts = get_type_hints(type(part)), {name for names in SLOTS.values() for name in names}
+    for field in fields(part):
+        value, where = getattr(part, field.name), f"{kind}.{field.name}"
+        slot = SLOTS.get((kind, field.name))
+        misplaced = slot and type(value).__name__ in parts - set(slot)
+        if misplaced or (slot and kind != "Guidance" and not callable(value)):
+            raise BadInput(f"{where} is one of {', '.join(slot or ())}, not {shown(value)}")
+        if hints[field.name] in (int, float) and not is_number(value):
+            raise BadInput(f"{where} is a number, not {shown(value)}")
+        if get_origin(hints[field.name]) is tuple and not isinstance(value, tuple | list):
+            raise BadInput(f"{where} is a tuple, not {shown(value)}")
+        for inner in value if isinstance(value, tuple | list) else [value]:
+            check_guidance(inner)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, SupportsFloat) and not getattr(value, "ndim", 0) and not math.isnan(value)
+
+
+def check_load(device: Any, dtype: Any, prediction: Any) -> None:
+    """Raise BadInput for what a model cannot be loaded on or as."""
+    try:
+        torch.zeros(1, device=torch.device(device)).item()  # also refuses devices that hold no numbers
+    except (RuntimeError, AssertionError, ImportError, TypeError):
+        raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInput(f"dtype is one of {', '.join(map(str, DTYPES))}, not {shown(dtype)}")
+    if prediction not in (None, *get_args(Prediction)):
+        raise BadInput(f"prediction is eps or v, not {shown(prediction)}")
+
+
+def paths_of(given: Any) -> list[Path]:
+    """Names of files or folders as paths."""
+    if not isinstance(given, list | tuple) or not given:
+        raise BadInput(f"give the path of a checkpoint, several in a list, or None for the embedded one, not {given!r}")
+    for one in given:
+        if not isinstance(one, str | Path) or not str(one) or "\0" in str(one):
+            raise BadInput(f"a path is the name of a file or a folder, not {shown(one)}")
+    return [Path(one) for one in given]
+
+
 def config_to_json(config: Config) -> str:
     return json.dumps(asdict(config))
 
@@ -229,8 +282,3 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
             yield from numbers(one, field)
         elif isinstance(one, int | float):
             yield field, one
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

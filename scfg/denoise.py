@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import BadInput, shown
 from .guidance import Guidance, Outputs, Row
 from .schedule import Moment, Schedule
 from .segment import Recipe, Regions, Tokens
@@ -55,6 +56,8 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: float, previous: Denoised | None = None) -> Denoised:
         """x (b c h w) at noise level sigma, one for all pictures; previous: the previous evaluation's result."""
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+            raise BadInput(f"x is a floating tensor (b c h w), not {shown(x)}")
         now = self.schedule.moment(sigma)
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)

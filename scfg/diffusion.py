@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from .checkpoint import load_parts
 from .config import Config, predicting
 from .denoise import Denoised, Denoiser
-from .errors import BadInput
+from .errors import BadInput, pictures_or_latents, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
@@ -47,13 +47,22 @@ def run(
     `steps.send(x)` replaces step.x. Raises FloatingPointError where the latent after a step is not finite; this is
     checked one step late, so that no step waits for the device.
     """
-    sigmas = [float(sigma) for sigma in sigmas]
-    if len(sigmas) < 2 or any(not a > b for a, b in pairwise(sigmas)) or not 0 <= sigmas[-1] < sigmas[0] < math.inf:
-        raise BadInput("sigmas must be finite, strictly decreasing and at least 0; give two or more")
+    sigmas = falling(sigmas)
     chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
     if not callable(chosen):
         raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
+
+
+def falling(sigmas: Sequence[float]) -> list[float]:
+    """The noise levels of a run as numbers; raises BadInput where they are none."""
+    try:
+        levels = [float(sigma) for sigma in sigmas]
+    except (TypeError, ValueError):
+        levels = []
+    if len(levels) < 2 or any(not a > b for a, b in pairwise(levels)) or not 0 <= levels[-1] < levels[0] < math.inf:
+        raise BadInput("sigmas must be finite, strictly decreasing and at least 0; give two or more")
+    return levels
 
 
 def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None, None]:
@@ -101,6 +110,14 @@ class Diffusion:
         uncond = None if negatives is None else towers.encode_texts(negatives, self.device, layer_from_end)
         return prompt_of(cond, uncond, towers.length)
 
+    def encoded(self, prompt: PromptLike | Texts) -> PromptLike:
+        """A prompt that is encoded, or texts as they are, encoded."""
+        if isinstance(prompt, str | list | tuple):
+            return self.prompt(prompt)
+        if not hasattr(prompt, "conditioner"):
+            raise BadInput(f"a prompt is a text, a list of texts or what encoding them returns, not {shown(prompt)}")
+        return prompt  # type: ignore[return-value]  # no other sequence has this method
+
     def towers(self) -> Text:
         """The text towers; raises BadInput where the checkpoint has none."""
         if self.text is None:
@@ -121,10 +138,13 @@ class Diffusion:
         family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
         to return in Denoised.maps.
         """
-        prompt = self.prompt(prompt) if isinstance(prompt, Sequence) else prompt
+        from .data import check_guidance
+
+        prompt = self.encoded(prompt)
         usual = "cfg" if self.config.unet.guidance_dim else "scfg"
         guidance = named_rule(usual, self.config.scale, self.config) if guidance is None else guidance
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
+        check_guidance(guidance)
         names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
         for layer in layers:
             if not any(f"{name}.".startswith(f"{layer}.") for name in names):
@@ -158,7 +178,10 @@ class Diffusion:
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Noise:
         """Unit normal noise for latents of pictures of (width, height) pixels; each depends on its seed alone."""
-        shape, generators = self.latent_shape(size), [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        numbers = [
+            whole_number("a seed", seed, 0, 2**64 - 1) for seed in listed("seeds are several whole numbers", seeds)
+        ]
+        shape, generators = self.latent_shape(size), [torch.Generator("cpu").manual_seed(seed) for seed in numbers]
 
         def noise() -> Tensor:
             drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
@@ -184,9 +207,13 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        prompt = self.prompt(prompt) if isinstance(prompt, Sequence) else prompt
+        prompt = self.encoded(prompt)
+        if latent is not None:
+            latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
         batch = prompt.pictures if latent is None else len(latent)
-        seeds = [seeds + i for i in range(batch)] if isinstance(seeds, int) else list(seeds)
+        if isinstance(seeds, int) or getattr(seeds, "ndim", 1) == 0:
+            seeds = [whole_number("a seed", seeds, 0, 2**64 - batch) + i for i in range(batch)]
+        seeds = listed("seeds are whole numbers", seeds)
         if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
             given = "prompts" if latent is None else "latents"
             raise BadInput(f"{batch} {given} for {len(seeds)} pictures: give one for each")
@@ -195,23 +222,27 @@ class Diffusion:
         elif self.config.aesthetic_scores:
             what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
             warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
-        sigmas = self.sigmas(steps, sampler, None) if sigmas is None else list(sigmas)
-        noise = self.noise(seeds, size or self.config.size)
+        sigmas = falling(self.sigmas(steps, sampler, None) if sigmas is None else sigmas)
+        noise = self.noise(seeds, self.config.size if size is None else size)
         first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
-        x = start * math.sqrt(max(sigmas, default=0) ** 2 + 1)
+        x = start * math.sqrt(sigmas[0] ** 2 + 1)
         return run(self.denoiser(prompt, guidance), sampler, x, sigmas, noise)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
         factor = self.config.vae.factor
-        if not isinstance(size, Sequence) or len(size) != 2:
-            raise BadInput(f"a size is (width, height) in pixels, not {size!r}")
-        for side in size:
+        sides = [
+            whole_number("a side of the size in pixels", side, 1, 2**16)
+            for side in listed("a size is (width, height) in pixels", size)
+        ]
+        if len(sides) != 2:
+            raise BadInput(f"a size is (width, height) in pixels, not {shown(size)}")
+        for side in sides:
             if side < factor or side % factor:
                 below = max(side // factor, 1) * factor
                 raise BadInput(f"{side} pixels are no multiple of {factor}: nearest are {below} and {below + factor}")
-        return self.config.vae.latent_channels, size[1] // factor, size[0] // factor
+        return self.config.vae.latent_channels, sides[1] // factor, sides[0] // factor
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -219,6 +250,9 @@ class Diffusion:
 
         As many at once as fit into WHOLE latent pixels; larger ones in bands, which takes less memory.
         """
+        latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
+        if not latent.isfinite().all():
+            raise FloatingPointError("the latent is not finite, so that there is no picture")
         dtype = self.vae.quant_conv.weight.dtype
         latent, pixels = (latent / self.config.latent_scale).to(self.device, dtype), math.prod(latent.shape[-2:])
         several = torch.split(latent, max(1, WHOLE // pixels))
@@ -229,17 +263,25 @@ class Diffusion:
             decode = partial(decode_in_bands, self.vae)
         image = torch.cat([decode(some) for some in several]).float()
         if not image.isfinite().all():
-            raise FloatingPointError(f"decoding is not finite in {dtype}: try --dtype float32 or bfloat16")
+            other = "bfloat16" if dtype == torch.float16 else "another file's VAE"
+            raise FloatingPointError(f"decoding is not finite in {str(dtype).removeprefix('torch.')}: try {other}")
         return (image / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [0, 1], sides multiples of the VAE's factor -> the mean latent (b c h w)."""
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise BadInput(f"pictures are (b 3 height width), not {tuple(image.shape)}")
+        image = pictures_or_latents("pictures, with values from 0 to 1", image, 3)
         self.latent_shape((image.shape[3], image.shape[2]))
         image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
         return self.vae.encode(image)[0].float() * self.config.latent_scale
+
+
+def listed(what: str, values: Any) -> list[Any]:
+    """What was given as several values; raises BadInput for a single one."""
+    try:
+        return list(values)
+    except TypeError:
+        raise BadInput(f"{what}, not {shown(values)}") from None
 
 
 def embedded_checkpoint() -> Path:
@@ -267,17 +309,13 @@ def load(
     bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text towers off the device
     except while encoding.
     """
-    try:
-        torch.zeros(1, device=device).item()  # also refuses devices that hold no numbers
-    except (RuntimeError, AssertionError, ImportError):
-        raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
-    if prediction not in (None, "eps", "v"):
-        raise BadInput(f"prediction is eps or v, not {prediction!r}")
+    from .data import check_load, paths_of
+
+    check_load(device, dtype, prediction)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    paths = [path or embedded_checkpoint()] if path is None or isinstance(path, str | Path) else path
-    config, unet, first_stage, text, known = load_parts(
-        [Path(one) for one in paths], Path(vae) if vae else None, Path(tokenizer) if tokenizer else None, ema, dtype
-    )
+    files = paths_of([embedded_checkpoint()] if path is None else [path] if isinstance(path, str | Path) else path)
+    (own_vae,), (own_tokenizer,) = (paths_of([one]) if one is not None else [None] for one in (vae, tokenizer))
+    config, unet, first_stage, text, known = load_parts(files, own_vae, own_tokenizer, ema, dtype)
     text = text if offload or text is None else text.to(device)
     model = Diffusion(config, unet.to(device), first_stage.to(device), text)
     if config.vae.overflows and dtype == torch.float16:

@@ -1,5 +1,41 @@
-"""The one exception of this package."""
+"""The one exception of this package, and checks of what callers give."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class BadInput(ValueError):
     """The caller's input cannot be used; the message is one line that says what to do."""
+
+
+def whole_number(what: str, value: Any, low: int, high: int) -> int:
+    """Whatever counts as a whole number, also numpy's and torch's, as an int; raises BadInput for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        raise BadInput(f"{what}: give a whole number from {low} to {high}, not {shown(value)}")
+    return number
+
+
+def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
+    """Numbers (b channels h w), also numpy's, as a tensor; raises BadInput for anything else."""
+    try:
+        values = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(f"{what}: give numbers (b {channels} h w), not {shown(value)}") from None
+    dense = values.layout == torch.strided and values.device.type != "meta"
+    if values.ndim != 4 or values.shape[1] != channels or not (values.numel() and values.is_floating_point() and dense):
+        found = f"{tuple(values.shape)} of {values.dtype}"
+        raise BadInput(f"{what}: give floating numbers (b {channels} h w), not {found}")
+    return values
+
+
+def shown(value: Any) -> str:
+    """Whatever was given, in a few characters of one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -6,12 +6,12 @@ x = x0 + sigma * noise; the network sees x / sqrt(sigma^2 + 1).
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, SupportsFloat, get_args
 
 import numpy as np
 from torch import Tensor
 
-from .errors import BadInput
+from .errors import BadInput, shown, whole_number
 
 Spacing = Literal["leading", "linspace", "trailing", "karras", "lcm"]
 Prediction = Literal["eps", "v"]
@@ -62,8 +62,9 @@ class Schedule:
 
     def moment(self, sigma: float) -> Moment:
         """What follows from a noise level, one for the whole batch; raises BadInput where it cannot be one."""
-        if getattr(sigma, "ndim", 0) or not 0 <= float(sigma) < math.inf:
-            raise BadInput(f"sigma is one number from 0 up for the whole batch, not {sigma}")
+        number = isinstance(sigma, SupportsFloat) and not getattr(sigma, "ndim", 0)
+        if not number or not 0 <= float(sigma) < math.inf:
+            raise BadInput(f"sigma is one number from 0 up for the whole batch, not {shown(sigma)}")
         sigma = float(sigma)
         t, a = self.time(sigma), 1 / (sigma**2 + 1)
         dx0_dx, dx0_dout = (1.0, -sigma) if self.prediction == "eps" else (a, -sigma * a**0.5)  # v: 2202.00512, app. D
@@ -78,8 +79,7 @@ class Schedule:
         to_zero: the run ends at 0 or, but for karras, at sigma(0); None: at sigma(0) for leading alone.
         """
         most = DISTILLED if spacing == "lcm" else self.timesteps
-        if not 1 <= steps <= most:
-            raise BadInput(f"steps are 1 to {most}, as many as the training's, not {steps}")
+        steps = whole_number("steps", steps, 1, most)
         if spacing == "karras":  # Karras et al. 2022 (2206.00364), eq. 5 with rho = 7
             ramp = np.linspace(self.sigmas[-1] ** (1 / 7), self.sigmas[0] ** (1 / 7), steps)
             return [*(ramp**7).tolist(), 0.0]

@@ -1,6 +1,5 @@
 """Prompts: tokens, the words they make up, and the text towers that turn them into what the U-Net is conditioned on."""
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .config import CLIP_L, Config, TextConfig
-from .errors import BadInput
+from .errors import BadInput, shown, whole_number
 from .guidance import Row
 from .schedule import Moment
 from .segment import Tokens, Word
@@ -136,6 +135,10 @@ def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
 
 def paired_texts(text: Texts, negative: Texts | None, config: Config) -> tuple[list[str], list[str] | None]:
     """The texts of all pictures and their negatives; None stands for zeros in place of encoded negatives."""
+    if isinstance(text, bytes) or not isinstance(text, Sequence) or not all(isinstance(one, str) for one in text):
+        raise BadInput(f"a prompt is a text or a list of texts, not {shown(text)}")
+    if not (negative is None or isinstance(negative, Sequence) and all(isinstance(one, str) for one in negative)):
+        raise BadInput(f"a negative prompt is a text or a list of texts, not {shown(negative)}")
     texts = [text] if isinstance(text, str) else list(text)
     if negative is None and not config.zero_negative:
         negative = ""
@@ -183,8 +186,19 @@ class Tower(nn.Module):
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         if self.transformer.final_layer_norm.weight.device == device:
             return self
-        moved = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in self.parameters()}
-        return copy.deepcopy(self, moved | {id(b): b.to(device) for b in self.buffers()})
+        return tower_of(self.config, {name: value.to(device) for name, value in self.state_dict().items()}).to(device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its tensors: transformers' modules hold functions once they were called."""
+        return tower_of, (self.config, self.state_dict())
+
+
+def tower_of(config: TextConfig, tensors: dict[str, Tensor]) -> Tower:
+    """The tower of these tensors."""
+    with torch.device("meta"):
+        tower = Tower(config)
+    tower.load_state_dict(tensors, assign=True)
+    return tower.eval().requires_grad_(False)
 
 
 class Text(nn.Module):
@@ -248,8 +262,10 @@ class Text(nn.Module):
         the family's own.
         """
         layers = min(tower.config.layers for tower in self.towers)
-        if layer_from_end is not None and not 1 <= layer_from_end <= layers:
-            raise BadInput(f"clip skip counts the tower's layers from the last, 1 to {layers}, not {layer_from_end}")
+        if layer_from_end is not None:
+            layer_from_end = whole_number(
+                "clip skip counts the tower's layers from the last", layer_from_end, 1, layers
+            )
         states, pooled, end = [], None, ids[0][-1]
         for tower in self.towers:
             config = tower.config

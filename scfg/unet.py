@@ -356,6 +356,8 @@ class UNet(nn.Module):
         attend: an attention function in place of the network's own. residuals: added to every skip, in the order of
         the input blocks, and to the middle (ControlNet). inject: added to a block's output, by name (T2I-Adapter).
         """
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise BadInput(f"a latent is (b {self.config.in_channels} h w), not {tuple(x.shape)}")
         call = Call(conditioning, capture or Capture(), attend, inject)
         rows, skips = len(conditioning.tokens), []
         captured: Captured = {}

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import FIRST_STAGE, UNET
 from ..data import config_to_json
 from ..diffusion import Diffusion
-from ..errors import BadInput
+from ..errors import BadInput, shown
 from ..text import Tower
 from ..unet import UNet
 from .whole import whole
@@ -35,7 +36,11 @@ def save(model: Diffusion, path: str | Path) -> None:
     Its config and its tokenizer, if it has one yet, are in the file's metadata, from which `scfg.load` takes them.
     Raises BadInput for a model that was packed for the CPU, whose weights are no longer the originals.
     """
+    if not isinstance(model, Diffusion) or not isinstance(path, str | Path):
+        raise BadInput(f"save takes a model and the name of a file, not {shown(model)} and {shown(path)}")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise BadInput(f"cannot write {path}: there is no folder {path.parent}")
     if path.suffix != ".safetensors":
         raise BadInput(f"{path}: a model is saved as .safetensors: give a name that ends so")
     with torch.device("meta"):
@@ -51,7 +56,10 @@ def save(model: Diffusion, path: str | Path) -> None:
             tensors |= {tower.config.prefix + name: value for name, value in tower_tensors(tower).items()}
         metadata |= tokenizer_of(model.text.tokenizer) | {"scfg.words": json.dumps(sorted(model.text.known_words))}
     with whole(path, over=True) as part:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        except SafetensorError as error:
+            raise BadInput(f"cannot write {path} ({error})") from None
 
 
 def tower_tensors(tower: Tower) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ def parse_area(text: str) -> Area:
     | binds loosest, ~ tightest. Quotes hold what contains such signs. Calls say the rest: words(PHRASE, soft,
     against_all), with either flag or both, mask(FILE) and feathered(AREA, TIMES).
     """
+    if not isinstance(text, str):
+        raise BadInput(f"an area's description is text, not {text!r}")
     tokens = TOKENS.findall(text[: LONGEST + 1])
     if "".join(tokens) != text or len(text) > LONGEST:
         raise BadInput(f"{shortened(text)} is no area: a quote is not closed, or it is too long")

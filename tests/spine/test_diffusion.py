@@ -275,11 +275,11 @@ def test_wrong_calls_say_what_to_do(flat):
     prompt = flat.prompt([TEXT] * 2)
     cases = [
         ({"size": (66, 64)}, "66 pixels .*64 and 68"),
-        ({"size": (64, 0)}, "0 pixels"),
+        ({"size": (64, 0)}, "from 1 to 65536, not 0"),
         ({"size": 64}, r"size is \(width, height\) in pixels, not 64"),
         ({"size": (64, 64, 3)}, r"size is \(width, height\)"),
         ({"sampler": "leapfrog"}, "no sampler 'leapfrog'"),
-        ({"steps": 0}, "steps are 1 to 1000"),
+        ({"steps": 0}, "steps: give a whole number from 1 to 1000, not 0"),
         ({"seeds": [1, 2, 3]}, "2 prompts for 3 pictures"),
         ({"seeds": []}, "2 prompts for 0 pictures"),
         ({"latent": seeded(2, 4, 16, 16), "seeds": [1]}, "2 latents for 1 pictures"),

@@ -44,7 +44,7 @@ def test_time_inverts_the_table_and_is_linear_in_log_sigma():
 @pytest.mark.parametrize("to_zero", [True, False, None])
 def test_every_spacing_falls(spacing, steps, drop_lowest, rounded, to_zero):
     if spacing == "lcm" and steps > 50:
-        with pytest.raises(BadInput, match="steps are 1 to 50"):
+        with pytest.raises(BadInput, match="a whole number from 1 to 50"):
             SCHEDULE.spaced(spacing, steps, rounded, drop_lowest, to_zero)
         return
     sigmas = SCHEDULE.spaced(spacing, steps, rounded, drop_lowest, to_zero)
@@ -83,7 +83,7 @@ def test_leading_ends_at_zero_or_at_the_lowest_noise_level():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_a_step_count_beyond_the_training_s_is_refused(spacing, steps):
     most = 50 if spacing == "lcm" else 1000
-    with pytest.raises(BadInput, match=rf"steps are 1 to {most}, as many as the training's, not {steps}"):
+    with pytest.raises(BadInput, match=rf"steps: give a whole number from 1 to {most}, not {steps}"):
         SCHEDULE.spaced(spacing, steps)
 
 
