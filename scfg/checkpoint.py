@@ -106,13 +106,6 @@ def recognise(tensors: Tensors) -> Config:
     return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers)
 
 
-def stated_config(metadata: Metadata) -> Config | None:
-    """What a file says that it is."""
-    from .data import config_from_json
-
-    return config_from_json(metadata["scfg.config"]) if "scfg.config" in metadata else None
-
-
 def vae_sizes(vae: VAEConfig, tensors: Tensors) -> VAEConfig:
     """The sizes of a family's VAE from its tensors."""
     channels = shape(tensors, FIRST_STAGE + "encoder.conv_in.weight")[0]
@@ -205,6 +198,8 @@ def shortened(complaints: Sequence[str]) -> str:
 def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
     """The networks of a source's tensors, every one of which must find its place; complaints are one line."""
     source = source._replace(tensors={name: own for name, own in source.tensors.items() if not UNUSED.fullmatch(name)})
+    from .data import stated_config
+
     try:
         config = source.config or stated_config(source.metadata) or recognise(source.tensors)
         parts, complaints = build_parts(config, source, dtype)

@@ -221,10 +221,12 @@ def config_to_json(config: Config) -> str:
     return json.dumps(asdict(config))
 
 
-def config_from_json(text: str) -> Config:
-    """The inverse of `config_to_json`; raises BadInput for what is none, or absurd."""
+def stated_config(metadata: Mapping[str, str]) -> Config | None:
+    """What a checkpoint says that it is, in its header; raises BadInput for what is no config."""
+    if "scfg.config" not in metadata:
+        return None
     try:
-        data = json.loads(text)
+        data = json.loads(metadata["scfg.config"])
         config: Config = checked(data, Config, "scfg.config")
     except (ValueError, RecursionError) as error:
         raise BadInput(f"scfg.config is no JSON of a config ({type(error).__name__})") from None

@@ -178,9 +178,7 @@ class Diffusion:
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int]) -> Noise:
         """Unit normal noise for latents of pictures of (width, height) pixels; each depends on its seed alone."""
-        numbers = [
-            whole_number("a seed", seed, 0, 2**64 - 1) for seed in listed("seeds are several whole numbers", seeds)
-        ]
+        numbers = [whole_number("a seed", seed, 0, 2**64 - 1) for seed in listed("seeds", seeds)]
         shape, generators = self.latent_shape(size), [torch.Generator("cpu").manual_seed(seed) for seed in numbers]
 
         def noise() -> Tensor:
@@ -213,7 +211,7 @@ class Diffusion:
         batch = prompt.pictures if latent is None else len(latent)
         if isinstance(seeds, int) or getattr(seeds, "ndim", 1) == 0:
             seeds = [whole_number("a seed", seeds, 0, 2**64 - batch) + i for i in range(batch)]
-        seeds = listed("seeds are whole numbers", seeds)
+        seeds = listed("seeds", seeds)
         if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
             given = "prompts" if latent is None else "latents"
             raise BadInput(f"{batch} {given} for {len(seeds)} pictures: give one for each")
@@ -232,10 +230,7 @@ class Diffusion:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
         factor = self.config.vae.factor
-        sides = [
-            whole_number("a side of the size in pixels", side, 1, 2**16)
-            for side in listed("a size is (width, height) in pixels", size)
-        ]
+        sides = [whole_number("a side in pixels", side, 1, 2**16) for side in listed("size (width, height)", size)]
         if len(sides) != 2:
             raise BadInput(f"a size is (width, height) in pixels, not {shown(size)}")
         for side in sides:
@@ -281,7 +276,7 @@ def listed(what: str, values: Any) -> list[Any]:
     try:
         return list(values)
     except TypeError:
-        raise BadInput(f"{what}, not {shown(values)}") from None
+        raise BadInput(f"{what}: give several numbers, not {shown(values)}") from None
 
 
 def embedded_checkpoint() -> Path:

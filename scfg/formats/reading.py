@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..checkpoint import FIRST_STAGE, UNET, Source, build, family_of, shortened, stated_config, vae_sizes, with_prefix
+from ..checkpoint import FIRST_STAGE, UNET, Source, build, family_of, shortened, vae_sizes, with_prefix
 from ..config import Config, VAEConfig
+from ..data import stated_config
 from ..errors import BadInput
 from ..vae import VAE
 from .content import read_file

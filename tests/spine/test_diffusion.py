@@ -276,7 +276,7 @@ def test_wrong_calls_say_what_to_do(flat):
     cases = [
         ({"size": (66, 64)}, "66 pixels .*64 and 68"),
         ({"size": (64, 0)}, "from 1 to 65536, not 0"),
-        ({"size": 64}, r"size is \(width, height\) in pixels, not 64"),
+        ({"size": 64}, r"size \(width, height\): give several numbers, not 64"),
         ({"size": (64, 64, 3)}, r"size is \(width, height\)"),
         ({"sampler": "leapfrog"}, "no sampler 'leapfrog'"),
         ({"steps": 0}, "steps: give a whole number from 1 to 1000, not 0"),
