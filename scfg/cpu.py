@@ -92,10 +92,10 @@ def winograd(layer: nn.Conv2d) -> Compute:
 
     Tiles of 4x4 inputs, two apart, are transformed; each of their 16 places is one matrix product over channels.
     """
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device="cpu")
     weight = torch.einsum("ia, o c a b, j b -> i j o c", g, layer.weight.double(), g).float()
     products = [[packed_linear(weight[i, j].contiguous(), None) for j in range(4)] for i in range(4)]
-    bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
     of_a_row = 64 * (layer.in_channels + layer.out_channels)  # bytes of a tile
 
     def band(x: Tensor) -> list[list[Tensor]]:
@@ -138,8 +138,10 @@ def can_pack(dtype: torch.dtype) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
             tried: dict[nn.Linear | nn.Conv2d, Tensor] = {
-                nn.Linear(64, 96, dtype=dtype): torch.randn(2, 5, 64, dtype=dtype),
-                nn.Conv2d(64, 96, 3, padding=1, dtype=dtype): torch.randn(2, 64, 7, 5, dtype=dtype),
+                nn.Linear(64, 96, dtype=dtype, device="cpu"): torch.randn(2, 5, 64, dtype=dtype, device="cpu"),
+                nn.Conv2d(64, 96, 3, padding=1, dtype=dtype, device="cpu"): torch.randn(
+                    2, 64, 7, 5, dtype=dtype, device="cpu"
+                ),
             }
         apart = [(Packed(layer)(x) - layer(x)).abs().max().item() for layer, x in tried.items()]
     except (AttributeError, RuntimeError, TypeError):  # private names of another version, or no oneDNN

@@ -55,9 +55,15 @@ class Denoiser:
     capture: Capture | None = None  # extra maps to return
 
     def __call__(self, x: Tensor, sigma: float, previous: Denoised | None = None) -> Denoised:
-        """x (b c h w) at noise level sigma, one for all pictures; previous: the previous evaluation's result."""
+        """x (b c h w) at noise level sigma, one for all pictures; previous: the previous evaluation's result.
+
+        A caller's autocast does not act: it would round what is exact here.
+        """
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             raise BadInput(f"x is a floating tensor (b c h w), not {shown(x)}")
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, sigma, previous)
         now = self.schedule.moment(sigma)
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)

@@ -50,7 +50,7 @@ def run(
     sigmas = falling(sigmas)
     chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
     if not callable(chosen):
-        raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}")
+        raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}, or a function such as scfg.lcm")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
 
 
@@ -256,7 +256,8 @@ class Diffusion:
             from .large import decode_in_bands
 
             decode = partial(decode_in_bands, self.vae)
-        image = torch.cat([decode(some) for some in several]).float()
+        with torch.autocast(self.device.type, enabled=False):
+            image = torch.cat([decode(some) for some in several]).float()
         if not image.isfinite().all():
             other = "bfloat16" if dtype == torch.float16 else "another file's VAE"
             raise FloatingPointError(f"decoding is not finite in {str(dtype).removeprefix('torch.')}: try {other}")
@@ -268,7 +269,8 @@ class Diffusion:
         image = pictures_or_latents("pictures, with values from 0 to 1", image, 3)
         self.latent_shape((image.shape[3], image.shape[2]))
         image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
-        return self.vae.encode(image)[0].float() * self.config.latent_scale
+        with torch.autocast(self.device.type, enabled=False):
+            return self.vae.encode(image)[0].float() * self.config.latent_scale
 
 
 def listed(what: str, values: Any) -> list[Any]:

@@ -25,7 +25,7 @@ def whole_number(what: str, value: Any, low: int, high: int) -> int:
 def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
     """Numbers (b channels h w), also numpy's, as a tensor; raises BadInput for anything else."""
     try:
-        values = torch.as_tensor(value)
+        values = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise BadInput(f"{what}: give numbers (b {channels} h w), not {shown(value)}") from None
     dense = values.layout == torch.strided and values.device.type != "meta"

@@ -93,7 +93,7 @@ class Recipe:
         """
         size = max([layer.shape[-2:] for layer in cond], key=math.prod)
         uncond = uncond if self.foreground == "uncond" else None
-        scores = attention = torch.zeros(())  # sums over layers
+        scores = attention = cond[0].new_zeros(())  # sums over layers
         for i, layer in enumerate(cond):
             rows = layer if uncond is None else torch.cat([layer, uncond[i]])
             rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")

@@ -59,7 +59,7 @@ class Prompt:
         for text, states in self.context.items():
             lengths = self.lengths.get(text, (states.shape[1],) * len(states))
             filled = filled or min(lengths) < longest
-            counts = torch.arange(longest) < torch.tensor(lengths)[:, None]
+            counts = torch.arange(longest, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
             weight[text] = counts[:, :, None, None].to(device, torch.float32)
             tokens[text] = F.pad(states.to(device, dtype), (0, 0, 0, longest - states.shape[1]))
         pooled = {text: states.to(device, dtype) for text, states in self.pooled.items()}
@@ -108,7 +108,7 @@ class Conditioner:
         pooled, scores, sizes = self.stack(self.pooled, texts, shape[0]), self.config.aesthetic_scores, []
         for text in texts:
             target = (height, width) if scores is None else (scores[text != "uncond"],)
-            numbers = torch.tensor((height, width, 0, 0, *target), device=pooled.device)
+            numbers = torch.tensor((height, width, 0, 0, *target), dtype=torch.float32, device=pooled.device)
             sizes.append(timestep_embedding(numbers, 256).flatten().to(pooled.dtype).expand(shape[0], -1))
         return torch.cat([pooled, torch.cat(sizes)], dim=1)
 
@@ -271,7 +271,8 @@ class Text(nn.Module):
             config = tower.config
             pad = end if config.pad is None else config.pad
             padded = torch.tensor([[*own, *[pad] * (config.length - len(own))] for own in ids], device=device)
-            of_tower, pooled_of_tower = tower.on(device)(padded, end, layer_from_end)
+            with torch.autocast(device.type, enabled=False):
+                of_tower, pooled_of_tower = tower.on(device)(padded, end, layer_from_end)
             states.append(of_tower)
             pooled = pooled if pooled_of_tower is None else pooled_of_tower
         return states, pooled

@@ -29,8 +29,8 @@ PROMPTS = (  # what the bare command draws, then others not picked by their pict
 
 def column_of(model: scfg.Diffusion, args: Namespace) -> tuple[Image.Image, ...]:
     """The picture of a prompt, its regions and its scale."""
-    job, record = cli.plan(model, args), Record()
-    noise = model.noise([args.seed], args.size)
+    job, record = cli.plan(model, Namespace(**vars(args))), Record()  # it fills in what is native
+    noise = model.noise([args.seed], args.size or model.config.size)
     x = noise() * math.sqrt(job.sigmas[0] ** 2 + 1)
     for step in tqdm(scfg.run(job.denoise, job.sampler, x, job.sigmas, noise), total=args.steps, leave=False):
         record.add(step)

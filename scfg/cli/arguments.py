@@ -33,7 +33,6 @@ SAMPLER_NAMES = {  # as Stable Diffusion tools call them
 }
 Direction = APG | OptimizedScale | TCFG | FDG
 DIRECTIONS: dict[str, Direction] = {"apg": APG(), "zero": OptimizedScale(), "tcfg": TCFG(), "fdg": FDG()}
-SLOTS = ("scale", "direction", "pag", "seg", "rescale", "interval", "ramp")  # options that a whole guidance replaces
 NATIVE = "; ".join(
     f"{c.name} {c.size[0]}x{c.size[1]}, scale {c.scale:g}, {c.spacing or 'the usual'} spacing"
     for c in (*FAMILIES, FLATLAND)
@@ -296,12 +295,6 @@ def check(parser: Parser, args: argparse.Namespace, rest: list[str]) -> None:
         low, high = args.interval
         parser.error(
             f"--interval LOW HIGH: no noise level lies above {low:g} and up to {high:g}; give the lower one first"
-        )
-    replaced = [name for name in SLOTS if getattr(args, name) not in (None, False)]
-    replaced += ["region" for option in args.region if option.region]
-    if isinstance(args.guidance, Guidance) and replaced:
-        parser.error(
-            f"--{replaced[0]} does not act beside a whole guidance: change it there, or give --guidance a name"
         )
     try:
         "".join([args.prompt, args.negative or "", *(option.text for option in args.region)]).encode()

@@ -78,19 +78,36 @@ def prompt_of(model: Diffusion, args: argparse.Namespace, sigmas: Sequence[float
 
 
 def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
-    """The guidance that is given as a whole, or that of the options; its scale is the family's own by default."""
+    """A guidance that is given as a whole, or by a rule's name at the native scale, with what the options change."""
     if isinstance(args.guidance, Guidance):
-        return args.guidance
-    native = CFG_PP_SCALE if args.sampler == "euler_cfg_pp" else model.config.scale
-    scale = named_rule(args.guidance, native if args.scale is None else args.scale, model.config)
-    regions = tuple(option.region for option in args.region if option.region)
+        own = (
+            args.guidance
+            if args.scale is None
+            else replace(args.guidance, scale=scaled(args.guidance.scale, args.scale))
+        )
+    else:
+        native = CFG_PP_SCALE if args.sampler == "euler_cfg_pp" else model.config.scale
+        own = Guidance(scale=named_rule(args.guidance, native if args.scale is None else args.scale, model.config))
+    scale, regions = own.scale, tuple(option.region for option in args.region if option.region)
+    if regions and isinstance(scale, ByRegion):
+        regions, scale = (*scale.regions, *regions), scale.base
     return Guidance(
-        perturb=PAG(args.pag) if args.pag else SEG(args.seg) if args.seg else None,
-        direction=DIRECTIONS.get(args.direction),
+        perturb=PAG(args.pag) if args.pag else SEG(args.seg) if args.seg else own.perturb,
+        direction=DIRECTIONS.get(args.direction, own.direction),
         scale=ByRegion(scale, regions) if regions else scale,
-        rescale=Rescale(args.rescale) if args.rescale else None,
-        when=Interval(*args.interval) if args.interval else Ramp(shape=args.ramp) if args.ramp else None,
+        rescale=Rescale(args.rescale) if args.rescale else own.rescale,
+        when=Interval(*args.interval) if args.interval else Ramp(shape=args.ramp) if args.ramp else own.when,
     )
+
+
+def scaled(rule: Rule, scale: float) -> Rule:
+    """A rule with another scale; raises BadInput for one that is built around none."""
+    for field in ("base", "first"):
+        if hasattr(rule, field):
+            return replace(rule, **{field: scaled(getattr(rule, field), scale)})  # type: ignore[type-var]
+    if not hasattr(rule, "gamma"):
+        raise BadInput(f"--scale does not act on {rule}: change it there, or give --guidance a name")
+    return replace(rule, gamma=scale)  # type: ignore[type-var]
 
 
 def sampler_of(args: argparse.Namespace) -> Sampler:
@@ -137,6 +154,8 @@ def unusual(args: argparse.Namespace, model: Diffusion, guidance: Guidance) -> l
         found.append(f"{what}: give it as --refiner, beside an SDXL --checkpoint")
     if args.sampler == "euler_cfg_pp" and (scale_of(guidance.scale) or 0) > 1:
         found.append("the scale of CFG++ lies between 0 and 1: try 0.6")
+    if args.sampler == "lcm" and not model.config.unet.guidance_dim:
+        found.append("the sampler lcm is for latent consistency models, and this is none")
     if model.config.unet.guidance_dim and args.sampler != "lcm":
         found.append("this is an LCM: try --sampler lcm --steps 4")
     return found

@@ -15,7 +15,7 @@ KINDS = (  # how files begin that are no checkpoint -> what they are and what to
     (b"<html", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
     (b"<?xml", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
     (b"gguf", "is a GGUF file, whose weights are quantised: give the .safetensors file that it was made from"),
-    (b"\x89png", "is a picture: to repeat it, give it with --from"),
+    (b"\x89png", "is a picture, not a checkpoint"),
     (b"\xff\xd8\xff", "is a picture"),
     (b"rar!", "is a RAR archive: unpack it first"),
     (b"7z\xbc\xaf", "is a 7z archive: unpack it first"),

@@ -56,23 +56,26 @@ def likeness_to_little_noise(model: Diffusion) -> float:
 
 
 def fixed_noise(model: Diffusion, side: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, model.config.unet.in_channels, side, side, generator=generator, dtype=torch.float32)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(
+        1, model.config.unet.in_channels, side, side, generator=generator, dtype=torch.float32, device="cpu"
+    )
 
 
 @torch.no_grad()
 def answer(model: Diffusion, noise: Tensor, t: int) -> Tensor:
     """The output (b c h w) for noise over an empty latent at a timestep, on the CPU in fp32."""
     config = model.config
-    zeros = torch.zeros(1, 1, config.unet.context_dim)
-    pooled = {"cond": torch.zeros(1, pooled_size(model))} if config.unet.vector_dim else {}
+    zeros = torch.zeros(1, 1, config.unet.context_dim, dtype=torch.float32, device="cpu")
+    pooled = {"cond": zeros.new_zeros(1, pooled_size(model))} if config.unet.vector_dim else {}
     conditioner = Prompt({"uncond": zeros, "cond": zeros}, pooled).conditioner(config, model.device, model.dtype)
     sigma = float(config.schedule.sigmas[t])
     x = (noise * sigma / math.sqrt(sigma**2 + 1)).to(model.device, model.dtype)
     conditioning = conditioner.condition([COND], config.schedule.moment(sigma), None, x.shape)
     if config.unet.guidance_dim:
         conditioning = conditioning._replace(guidance=x.new_zeros(1, config.unet.guidance_dim))
-    out, _ = model.unet(x, x.new_full((len(x),), t, dtype=torch.float32), conditioning)
+    with torch.autocast(x.device.type, enabled=False):
+        out, _ = model.unet(x, x.new_full((len(x),), t, dtype=torch.float32), conditioning)
     return out.float().cpu()
 
 

@@ -32,7 +32,7 @@ def clip_tokenizer(vocab: dict[str, int], merges: Iterable[Sequence[str]]) -> CL
 
 def read_tokenizer(path: str | Path) -> CLIPTokenizer:
     """A tokenizer from a folder in transformers' layout, or from the original bpe_simple_vocab_16e6.txt.gz."""
-    path, reason = Path(path), "there is none"
+    path, reason = Path(path), "it is neither" if Path(path).exists() else "there is no such file"
     try:
         if path.is_dir() and any((path / name).exists() for name in ("tokenizer.json", "vocab.json")):
             read = CLIPTokenizer.from_pretrained(path, local_files_only=True)

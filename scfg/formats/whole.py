@@ -20,7 +20,10 @@ def whole(path: Path, over: bool = False) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # some libraries write files that nobody else may read
         yield part
+        part.chmod(mode)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path) if over else move_new(part, path)

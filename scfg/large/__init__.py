@@ -36,7 +36,8 @@ def bands(x: Tensor, upsample: Upsample | None, rows: int) -> Iterator[Band]:
 
 def affine(norm: nn.GroupNorm, parts: Iterable[Band]) -> tuple[Tensor, Tensor]:
     """What the norm multiplies a channel by and what it then adds, (b c 1 1) each, from all bands of its input."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # sums over bands
+    zero = norm.weight.new_zeros((), dtype=torch.float64)
+    count, total, squares = 0, zero, zero  # sums over bands
     for band in parts:
         groups = rearrange(band.x[:, :, band.own].float(), "b (g c) h w -> b g (c h w)", g=norm.num_groups)
         variance, mean = (moment.double() for moment in torch.var_mean(groups, -1, correction=0))

@@ -19,7 +19,7 @@ from ..unet import Attend, Capture, Captured, Conditioning, UNet
 
 def scale_embedding(scale: float, channels: int) -> Tensor:
     """What an LCM is told of its guidance scale, (1 channels): sines, then cosines, of 1000 (scale - 1)."""
-    frequencies = torch.exp(torch.linspace(0, -math.log(10000), channels // 2, dtype=torch.float64))
+    frequencies = torch.exp(torch.linspace(0, -math.log(10000), channels // 2, dtype=torch.float64, device="cpu"))
     angles = 1000 * (scale - 1) * frequencies
     return torch.cat([angles.sin(), angles.cos()]).float()[None]
 

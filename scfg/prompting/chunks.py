@@ -87,9 +87,9 @@ class Reader(NamedTuple):
         text.warn_of_unknown([word for own in read for word in own.words])
         counts = [len(own.chunks) for own in read]
         of_towers, pooled = text.encode([ids for own in read for ids in own.chunks], device, self.layer_from_end)
-        weights = torch.ones(sum(counts), text.length)
+        weights = torch.ones(sum(counts), text.length, dtype=torch.float32, device="cpu")
         for row, own in zip(weights, (own for text in read for own in text.weights)):
-            row[: len(own)] = torch.tensor(own)
+            row[: len(own)] = torch.tensor(own, dtype=torch.float32, device="cpu")
         states = torch.cat([emphasised(of_tower, weights.to(device), self.emphasis) for of_tower in of_towers], -1)
         whole = [rearrange(own, "chunks t d -> (chunks t) d") for own in torch.split(states, counts)]
         first = None if pooled is None else torch.stack([own[0] for own in torch.split(pooled, counts)])

@@ -91,7 +91,7 @@ def merge(weights: Tensor, evaluated: Evaluated, asked: Sequence[Row]) -> Evalua
     """
     count, out, completed = weights.shape[1], {}, {}
     shares = weights[:, :, None, None, None].unbind(1)
-    base = evaluated.out.get("uncond", torch.zeros(()))
+    base = evaluated.out.get("uncond", weights.new_zeros(()))
     for row in asked:
         names = [one.name for one in sub_rows(row, count)]
         layers = zip(*(evaluated.completed[name] for name in names))

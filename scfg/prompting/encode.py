@@ -37,7 +37,8 @@ def encode(
         return prompt_of(reader.encode(texts), reader.encode(negatives) if negatives else None, reader.text.length)
     split = [weighed(acting(own)) for own in texts]
     count = max(map(len, split))
-    weights = torch.tensor([[weight for _, weight in own] + [0.0] * (count - len(own)) for own in split])
+    numbers = [[weight for _, weight in own] + [0.0] * (count - len(own)) for own in split]
+    weights = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     # the n-th sub-prompts of all pictures; where one has fewer, nothing
     columns = [[own[n][0] if n < len(own) else "" for own in split] for n in range(count)]
     timeline = encoded_by_step(reader, columns, negatives and list(map(acting, negatives)), sigmas)

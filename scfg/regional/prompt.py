@@ -96,7 +96,7 @@ class RegionalConditioner:
             counts = own.tokens.new_ones(*own.tokens.shape[:2], 1, 1) if own.weight is None else own.weight
             return shares * counts.float()
 
-        everywhere = torch.ones(shape[0], 1, *shape[-2:], device=whole.tokens.device)
+        everywhere = torch.ones(shape[0], 1, *shape[-2:], dtype=torch.float32, device=whole.tokens.device)
         base = everywhere
         for i, area in areas.items():
             base = base * (1 - area * (1 - self.parts[i].base))

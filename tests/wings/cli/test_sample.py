@@ -23,7 +23,7 @@ from scfg import cli, from_dict
 from scfg.cli.infotext import read
 from scfg.diffusion import embedded_checkpoint
 from scfg.formats.whole import HOST
-from scfg.guidance import named_rule
+from scfg.guidance import Guidance, named_rule
 
 ROOT = Path(__file__).parents[3]
 CAPTION = "a red car left of a blue star on grass"
@@ -395,6 +395,43 @@ def test_a_number_that_another_process_took_in_the_same_moment_is_left_to_it(tmp
         assert Image.open(tmp_path / f"{i:05d}-0.png").text["parameters"] == f"text {i}"
 
 
+def test_options_change_a_guidance_that_is_given_as_a_whole(flat, tmp_path):
+    """As JSON, or in a picture that --from repeats."""
+
+    def guidance(*words: str) -> scfg.Guidance:
+        args = sample.parse([*words, "--steps", "1"])
+        cli.plan(flat, args)
+        return args.guidance
+
+    made(tmp_path, "--steps", "1", "--region", "red car:scale=5", "--rescale", "0.5")
+    (picture,) = tmp_path.glob("*-0.png")
+    own = guidance("--from", str(picture))
+    assert own.rescale == scfg.Rescale(0.5) and own.scale.base.gamma == 2 and len(own.scale.regions) == 1
+    words = [
+        "--scale",
+        "4",
+        "--region",
+        "blue star:times=2",
+        "--pag",
+        "3",
+        "--interval",
+        "1",
+        "5",
+        "--direction",
+        "apg",
+    ]
+    changed = guidance("--from", str(picture), *words)
+    assert changed.scale == scfg.ByRegion(
+        replace(own.scale.base, gamma=4.0), (*own.scale.regions, scfg.Region("blue star", times=2.0))
+    )
+    assert (changed.perturb, changed.rescale, changed.when) == (scfg.PAG(3.0), own.rescale, scfg.Interval(1.0, 5.0))
+    assert isinstance(changed.direction, scfg.APG)
+    energy = json.dumps(scfg.to_dict(Guidance(scale=scfg.Energy())))
+    assert guidance("--guidance", energy, "--seg", "2") == Guidance(scale=scfg.Energy(), perturb=scfg.SEG(2.0))
+    with pytest.raises(scfg.BadInput, match="--scale does not act on Energy"):
+        guidance("--guidance", energy, "--scale", "3")
+
+
 def test_what_killed_runs_left_behind_is_swept_away(tmp_path):
     with subprocess.Popen(["true"]) as dead:
         pass
@@ -477,14 +514,6 @@ WRONG = {
     "no JSON": (["--guidance", "{"], "argument --guidance: '{': "),
     "no such JSON": (["--guidance", "absent.json"], "'absent.json': "),
     "hostile JSON": (["--guidance", '{"class": "os.system"}'], "is none of the classes Guidance, CFG"),
-    "beside a guidance": (
-        ["--guidance", '{"class": "CFG", "gamma": 1}', "--scale", "3"],
-        "--scale does not act beside",
-    ),
-    "region beside one": (
-        ["--guidance", '{"class": "CFG", "gamma": 1}', "--region", "car:scale=3"],
-        "--region does not",
-    ),
     "no picture": (["--from", "absent.png"], "absent.png is not there"),
     "picture without text": (["--from", str(ROOT / "weights" / "sheet.png")], "no text that says how it was made"),
     "two perturbations": (["--pag", "1", "--seg", "1"], "not allowed with argument"),

@@ -264,7 +264,7 @@ def broken_files(tmp_path, tensors):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer.*: run git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html>", "is a web page, not a checkpoint: download the file itself"),
         (b"GGUF\3\0\0\0", "is a GGUF file.*: give the .safetensors file that it was made from"),
-        (b"\x89PNG\r\n", "is a picture: to repeat it, give it with --from"),
+        (b"\x89PNG\r\n", "is a picture, not a checkpoint"),
         (b'{"_class_name": "x"}', "is a JSON file: give the file of weights that it belongs to"),
     ):
         yield written("downloaded.safetensors", begin + bytes(99)), f"downloaded.safetensors {message}"
