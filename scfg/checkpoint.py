@@ -51,12 +51,7 @@ class Source(NamedTuple):
     names: Mapping[str, str] = {}  # original name -> the file's own, where they differ
 
 
-class LoadedParts(NamedTuple):
-    config: Config
-    unet: UNet
-    vae: VAE
-    text: Text | None
-    knows_prediction: bool
+LoadedParts = tuple[Config, UNet, VAE, Text | None, bool]  # the last: whether the prediction is known
 
 
 def read(path: Path) -> Source:
@@ -83,7 +78,9 @@ def family_of(tensors: Mapping[str, Tensor]) -> Config:
     """The family, from the names and shapes of its U-Net."""
     if UNET + "label_emb.0.0.weight" in tensors:
         return SDXL_REFINER if UNET + "input_blocks.11.0.in_layers.0.weight" in tensors else SDXL
-    return SD1 if len(shape(tensors, UNET + "input_blocks.4.1.proj_in.weight")) == 4 else SD2_V
+    width = shape(tensors, UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")[-1]
+    linear = len(shape(tensors, UNET + "input_blocks.4.1.proj_in.weight")) == 2
+    return {768: SD1, 1024: SD2_V}.get(width, SD2_V if linear else SD1)
 
 
 def recognise(tensors: Tensors) -> Config:
@@ -215,7 +212,7 @@ def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
 
 def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[LoadedParts, list[str]]:
     """The networks, and complaints about tensors that are missing, left over or of other shapes."""
-    from .data import check_config, vocabulary_from
+    from .data import check_config, stated_tokenizer
 
     check_config(config)
     prefixes = (UNET, FIRST_STAGE, *(tower.prefix for tower in config.text))
@@ -235,9 +232,6 @@ def build_parts(config: Config, source: Source, dtype: torch.dtype) -> tuple[Loa
         if not (own := with_prefix(source.tensors, tower.prefix)):
             raise BadInput(f"this is no whole {config.name} checkpoint: its text tower {tower.prefix}* is missing")
         towers.append(part(partial(Tower, tower), tower.prefix, tower_tensors(own)))
-    vocab, merges, known_words = vocabulary_from(source.metadata)
-    tokenizer = source.tokenizer
-    if vocab and tokenizer is None:  # without one, CLIP's own is looked for when first needed
-        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)  # type: ignore[arg-type]  # annotated as text
-    text = Text(towers, tokenizer, known_words) if towers else None
-    return LoadedParts(config, unet, vae, text, source.knows_prediction or "scfg.config" in source.metadata), complaints
+    tokenizer, known_words = stated_tokenizer(source.metadata)
+    text = Text(towers, source.tokenizer or tokenizer, known_words) if towers else None
+    return (config, unet, vae, text, source.knows_prediction or "scfg.config" in source.metadata), complaints

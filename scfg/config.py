@@ -58,6 +58,7 @@ class TextConfig:
     activation: str = "quick_gelu"
     pad: int | None = None  # the token that fills a context up; None: the end token
     layer_from_end: int = 1  # its states are those of this layer, counted from the last,
+    left_out: int = 0  # last layers that the tower lacks, since they are never used
     norm: bool = True  # after the final norm or as they are
     pooled: int = 0  # channels of the whole text's state; 0: it has none
 

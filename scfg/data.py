@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, Literal, SupportsFloat, Union, get_args, get_origin, get_type_hints
 
 import torch
+from transformers import CLIPTokenizer
 
 from .config import Config, TextConfig, UNetConfig, VAEConfig
 from .errors import BadInput, shown
@@ -261,19 +262,29 @@ def check_config(config: Config) -> None:
             raise BadInput(f"the U-Net takes {taken} {what}, not {found}: only text-to-image checkpoints are supported")
 
 
-def vocabulary_from(metadata: Mapping[str, str]) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
-    """A checkpoint's tokens and merges, and the words that it was trained on; raises BadInput for what cannot be."""
+def stated_tokenizer(metadata: Mapping[str, str]) -> tuple[CLIPTokenizer | None, list[str]]:
+    """The tokenizer in a checkpoint's header, if any, and the words that it was trained on; none: all.
+
+    Raises BadInput for what cannot be.
+    """
+    names = ("vocab", "merges", "words", "added")
     try:
-        vocab, merges, words = (json.loads(metadata.get(f"scfg.{name}", "[]")) for name in ("vocab", "merges", "words"))
+        vocab, merges, words, added = (json.loads(metadata.get(f"scfg.{name}", "[]")) for name in names)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"its vocabulary is no JSON ({type(error).__name__})") from None
     pairs = isinstance(merges, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in merges)
-    texts = [*words, *(part for pair in merges for part in pair)] if pairs and isinstance(words, list) else [None]
+    lists = pairs and isinstance(words, list) and isinstance(added, list)
+    texts = [*words, *added, *(part for pair in merges for part in pair)] if lists else [None]
     if not all(isinstance(text, str) for text in texts):
         raise BadInput("its merges are not pairs of texts, or its words no texts")
     if vocab and (not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str)):
         raise BadInput("its vocabulary does not number its tokens from 0 on")
-    return vocab or {}, [(one, other) for one, other in merges], words
+    if not vocab:
+        return None, words
+    # transformers annotates merges as text and takes pairs
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=list(map(tuple, merges)))  # type: ignore[arg-type]
+    tokenizer.add_tokens(added)
+    return tokenizer, words
 
 
 def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ from .guidance import Guidance, Outputs, Row
 from .schedule import Moment, Schedule
 from .segment import Recipe, Regions, Tokens
 from .text import Conditioner
-from .unet import Capture, Maps
+from .unet import Capture, Maps, exact
 
 Network = Callable[..., tuple[Tensor, dict[str, Any]]]  # UNet.forward's signature; a wing may wrap it
 ZEROS = "the unconditional context is all zeros: the foreground is the conditional row's"
@@ -62,7 +62,7 @@ class Denoiser:
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             raise BadInput(f"x is a floating tensor (b c h w), not {shown(x)}")
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+            with exact(x.device):
                 return self(x, sigma, previous)
         now = self.schedule.moment(sigma)
         rows = self.guidance.rows(now)

@@ -21,7 +21,7 @@ from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
 from .segment import OFFICIAL, Recipe
 from .text import Prompt, PromptLike, Text, Texts, paired_texts, prompt_of
-from .unet import Capture, UNet
+from .unet import Capture, UNet, exact
 from .vae import VAE
 
 WHOLE = 128 * 128  # latent pixels that are decoded at once
@@ -213,8 +213,8 @@ class Diffusion:
             seeds = [whole_number("a seed", seeds, 0, 2**64 - batch) + i for i in range(batch)]
         seeds = listed("seeds", seeds)
         if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
-            given = "prompts" if latent is None else "latents"
-            raise BadInput(f"{batch} {given} for {len(seeds)} pictures: give one for each")
+            what = f"{batch} {'prompts' if latent is None else 'latents'} for {len(seeds)} pictures"
+            raise BadInput(f"{what}: give one for each")
         if latent is not None:
             size = latent.shape[-1] * self.config.vae.factor, latent.shape[-2] * self.config.vae.factor
         elif self.config.aesthetic_scores:
@@ -256,7 +256,7 @@ class Diffusion:
             from .large import decode_in_bands
 
             decode = partial(decode_in_bands, self.vae)
-        with torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             image = torch.cat([decode(some) for some in several]).float()
         if not image.isfinite().all():
             other = "bfloat16" if dtype == torch.float16 else "another file's VAE"
@@ -269,7 +269,7 @@ class Diffusion:
         image = pictures_or_latents("pictures, with values from 0 to 1", image, 3)
         self.latent_shape((image.shape[3], image.shape[2]))
         image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
-        with torch.autocast(self.device.type, enabled=False):
+        with exact(self.device):
             return self.vae.encode(image)[0].float() * self.config.latent_scale
 
 
@@ -328,6 +328,5 @@ def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Di
 
         return ask_prediction(model)
     if requested and known and requested != said:
-        what = f"prediction {requested} was asked for, but this checkpoint says {said}"
-        warnings.warn(what, stacklevel=3)
+        warnings.warn(f"prediction {requested} was asked for, but this checkpoint says {said}", stacklevel=3)
     return replace(model, config=predicting(model.config, requested or said))

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .errors import BadInput, shown, whole_number
 from .guidance import Row
 from .schedule import Moment
 from .segment import Tokens, Word
-from .unet import Conditioning, timestep_embedding
+from .unet import Conditioning, exact, timestep_embedding
 
 Texts = str | Sequence[str]
 
@@ -226,7 +227,7 @@ class Text(nn.Module):
 
     def split(self, text: str) -> Iterator[tuple[str, list[int]]]:
         """Every word of a text and its token numbers."""
-        tokenizer = self.checked_tokenizer()
+        tokenizer, text = self.checked_tokenizer(), normalize("NFC", text)  # as the tokenizer has it, offsets too
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets, first = encoded["input_ids"], encoded["offset_mapping"], 0
         added = tokenizer.added_tokens_decoder  # words by themselves
@@ -261,17 +262,15 @@ class Text(nn.Module):
         ids: of each text, from its start to its end token. layer_from_end: of which layer the states are, in place of
         the family's own.
         """
-        layers = min(tower.config.layers for tower in self.towers)
+        layers, least = min(tower.config.layers for tower in self.towers), 1 + self.towers[0].config.left_out
         if layer_from_end is not None:
-            layer_from_end = whole_number(
-                "clip skip counts the tower's layers from the last", layer_from_end, 1, layers
-            )
+            layer_from_end = whole_number("clip skip", layer_from_end, least, layers + least - 1) - least + 1
         states, pooled, end = [], None, ids[0][-1]
         for tower in self.towers:
             config = tower.config
             pad = end if config.pad is None else config.pad
             padded = torch.tensor([[*own, *[pad] * (config.length - len(own))] for own in ids], device=device)
-            with torch.autocast(device.type, enabled=False):
+            with exact(device):
                 of_tower, pooled_of_tower = tower.on(device)(padded, end, layer_from_end)
             states.append(of_tower)
             pooled = pooled if pooled_of_tower is None else pooled_of_tower

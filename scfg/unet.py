@@ -5,6 +5,7 @@ Attention maps are return values, attention functions are arguments.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,6 +52,11 @@ class Site(NamedTuple):
 
 Captured = dict[str, Any]  # by block, what a Capture makes of its maps
 Attend = Callable[[Tensor, Tensor, Tensor, Site], Tensor]  # q, k, v (b heads n d) -> (b heads n d)
+
+
+def exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Without the caller's autocast, which would round what is exact here."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Conditioning(NamedTuple):

@@ -250,7 +250,8 @@ def parse_with_picture(parser: Parser, argv: list[str]) -> tuple[argparse.Namesp
         return args, rest
     try:
         said = infotext.read_picture(args.picture)
-        parser.set_defaults(prompt=said.prompt, negative=said.negative or None)
+        none = "" if said.facts.get("Empty negative prompt") == "True" else None
+        parser.set_defaults(prompt=said.prompt, negative=said.negative or none)
         args, rest = parser.parse_known_args([*infotext.options(said.facts), *argv])
     except BadInput as error:
         parser.error(str(error))

@@ -46,6 +46,7 @@ def parameters(args: argparse.Namespace, model: Diffusion, seeds: Sequence[int],
         "Zero terminal SNR": args.zero_terminal_snr or None,
         "Literal": args.literal or None,
         "Emphasis": args.emphasis,
+        "Empty negative prompt": True if args.negative == "" else None,  # not the same as none, for SDXL
         "Batch size": len(seeds) if len(seeds) > 1 else None,
         "Batch pos": i if len(seeds) > 1 else None,
     }

@@ -154,6 +154,8 @@ def unusual(args: argparse.Namespace, model: Diffusion, guidance: Guidance) -> l
         found.append(f"{what}: give it as --refiner, beside an SDXL --checkpoint")
     if args.sampler == "euler_cfg_pp" and (scale_of(guidance.scale) or 0) > 1:
         found.append("the scale of CFG++ lies between 0 and 1: try 0.6")
+    if model.config.unet.guidance_dim and args.negative:
+        found.append("negative prompts do not act: the network of an LCM guides itself")
     if args.sampler == "lcm" and not model.config.unet.guidance_dim:
         found.append("the sampler lcm is for latent consistency models, and this is none")
     if model.config.unet.guidance_dim and args.sampler != "lcm":

@@ -1,6 +1,7 @@
 """What a checkpoint is: its family, its relatives, and what markers and headers say of its noise schedule."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from ..errors import BadInput
 
 WEBUI_TERMINAL_ALPHA = 4.8973451890853435e-08  # the WebUI's in place of 0, so that sigma stays finite
 PREDICTIONS = {"v": "v", "v_prediction": "v", "v-prediction": "v", "epsilon": "eps", "eps": "eps"}
+EPS_SAYS_NOTHING = "and for the prediction eps, which says nothing of the picture at pure noise"
 OTHERS = (  # names that tell files of other kinds -> what they are
     (
         r"(double_blocks|model\.diffusion_model\.double_blocks)\.|transformer\.single_transformer_blocks\.",
@@ -31,6 +33,10 @@ OTHERS = (  # names that tell files of other kinds -> what they are
     (r"(string_to_param|emb_params$)", "a textual inversion"),
     (r"(model\.)?(encoder_proj|encoder_pooling|aug_proj)\.", "a DeepFloyd IF model"),
     (r"(body\.\d+\.rdb1|model\.1\.sub\.|conv_first\.)", "an upscaler of pictures"),
+)
+RELATIVES = (  # transformer blocks by level, and in the middle, of SSD-1B and Vega (2401.02677)
+    ((0, (2, 2, 2, 1, 1), (4, 4, 4, 4, 10)), None),
+    ((0, 1, 2), None),
 )
 CHANNELS = {  # of the U-Net's input -> the task
     5: "a depth model (5 channels)",
@@ -71,7 +77,7 @@ def check_kind(names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
 
 def stated_schedule(names: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Fields of the Schedule by a file's markers, else by its header (sd-scripts and modelspec write these)."""
-    names = set(names)
+    names = {name.removeprefix("module.") for name in names}
     written = metadata.get("modelspec.prediction_type", "").lower()
     stated: dict[str, Any] = {"prediction": PREDICTIONS[written]} if written in PREDICTIONS else {}
     if "v_pred" in names:
@@ -92,6 +98,8 @@ def config_of(tensors: Mapping[str, Tensor], schedule: Mapping[str, Any], fields
     if "prediction" in schedule:
         config = predicting(config, schedule["prediction"])
     config = replace(config, schedule=replace(config.schedule, **schedule))
+    if config.schedule.terminal_alpha and schedule.get("prediction") == "eps":
+        warnings.warn(f"this file asks for zero terminal SNR {EPS_SAYS_NOTHING}", stacklevel=7)
     config = replace(config, **({"spacing": "trailing"} if config.schedule.terminal_alpha else {}) | dict(fields))
     return replace(config, spacing="lcm") if config.unet.guidance_dim else config
 
@@ -106,6 +114,8 @@ def relative(unet: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
         found = tuple(transformer_blocks(tensors, block) for block in down + up)
         depths.append(found[0] if len(set(found)) == 1 else found)
     middle = transformer_blocks(tensors, "middle_block") if UNET + "middle_block.1.norm.weight" in tensors else None
+    if (tuple(depths), middle) not in RELATIVES:  # what lacks some blocks is no relative
+        depths, middle = list(unet.transformer_depth), unet.middle_depth
     lcm = UNET + "time_embed.cond_proj.weight"
     guidance = shape(dict(tensors), lcm)[1] if lcm in tensors else 0
     return replace(unet, transformer_depth=tuple(depths), middle_depth=middle, guidance_dim=guidance)
@@ -147,4 +157,4 @@ def without_last_layer(config: Config, tensors: Mapping[str, Tensor], from_diffu
     layers = len({name.split(".")[3] for name in own if name.startswith("transformer.encoder.layers.")})
     full = family_of(tensors).text[0]
     cut = layers == full.layers - 1 if tower.width == full.width else from_diffusers
-    return replace(config, text=(replace(tower, layers=layers, layer_from_end=1),)) if cut else config
+    return replace(config, text=(replace(tower, layers=layers, layer_from_end=1, left_out=1),)) if cut else config

@@ -22,7 +22,26 @@ IGNORED = {
     "clip_sample": False,
     "thresholding": False,
     "final_sigmas_type": "zero",
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
 }  # and what leaves them without effect
+
+
+KINDS: dict[str, tuple[type, ...]] = {  # of scheduler_config.json's values
+    "_class_name": (str,),
+    "prediction_type": (str,),
+    "beta_schedule": (str,),
+    "beta_start": (float, int),
+    "beta_end": (float, int),
+    "num_train_timesteps": (int,),
+    "steps_offset": (int,),
+    "set_alpha_to_one": (bool,),
+    "rescale_betas_zero_snr": (bool,),
+    "use_karras_sigmas": (bool, type(None)),
+}
 
 
 class Folder(NamedTuple):
@@ -63,17 +82,19 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise BadInput(f"{path} is no JSON ({error}): download it again") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is no JSON object: download it again")
+    return found
 
 
 def weights_of(folder: Path) -> Path | None:
     """The file of a part's weights, or the index of several: full precision before others, .safetensors before .bin."""
     files = [file for file in folder.iterdir() if file.name.split(".")[0] in NAMES] if folder.is_dir() else []
 
-    def order(file: Path) -> tuple[bool, int, str]:
+    def order(file: Path) -> tuple[int, bool, str]:
         words = file.name.split(".")
         variants = [word for word in words[1:] if word not in ("safetensors", "bin", "index", "json")]
-        return "safetensors" not in words, len(variants) and 1 + ("fp16" not in variants), file.name
+        return len(variants) and 1 + ("fp16" not in variants), "safetensors" not in words, file.name
 
     usable = [file for file in files if file.suffix in (".safetensors", ".bin") or is_index(file)]
     return min(usable, key=order, default=None)
@@ -83,12 +104,21 @@ def is_index(file: Path) -> bool:
     return re.search(r"\.index(\.\w+)?\.json$", file.name) is not None
 
 
+def shards_of(index: Path) -> set[str]:
+    """The files that an index names, all beside it."""
+    places = read_json(index).get("weight_map", {})
+    shards = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        raise BadInput(f"{index} names no files beside it: download the folder whole")
+    return shards
+
+
 def read_part(folder: Path, prefix: str | None) -> dict[str, Tensor]:
     """The weights of one part, by the names in its files after the prefix."""
     file = weights_of(folder)
     if file is None:
         raise BadInput(f"{folder} has no file of weights: download the folder whole")
-    shards = set(read_json(file).get("weight_map", {}).values()) if is_index(file) else {file.name}
+    shards = shards_of(file) if is_index(file) else {file.name}
     tensors = {name: tensor for shard in sorted(shards) for name, tensor in read_file(folder / shard)[0].items()}
     return {f"{prefix}.{name}" if prefix else name: tensor for name, tensor in tensors.items()}
 
@@ -98,6 +128,11 @@ def scheduler_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     said = read_json(path / "scheduler" / "scheduler_config.json")
     if not said:
         return {}, {}
+    for name, kind in KINDS.items():
+        if not isinstance(said.get(name, kind[0]()), kind) or isinstance(said.get(name), bool) and bool not in kind:
+            raise BadInput(f"{path}/scheduler: {name} cannot be {said[name]!r}: download it again")
+    if "EDM" in said.get("_class_name", ""):
+        raise BadInput(f"{path} is sampled as EDM, which is not supported: give another model")
     predicted, betas = said.get("prediction_type", "epsilon"), said.get("beta_schedule", "linear")
     if predicted not in PREDICTIONS or betas != "scaled_linear" or said.get("trained_betas"):
         what = f"{'trained' if said.get('trained_betas') else betas} betas, prediction of {predicted}"
@@ -106,7 +141,7 @@ def scheduler_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if asked:
         warnings.warn(f"{path}/scheduler asks for {', '.join(asked)}, which does not act here", stacklevel=7)
     schedule = {ours: said[theirs] for theirs, ours in BETAS.items() if theirs in said}
-    schedule |= {"prediction": PREDICTIONS[predicted], "leading_offset": int(said.get("steps_offset", 0) > 0)}
+    schedule |= {"prediction": PREDICTIONS[predicted], "leading_offset": said.get("steps_offset", 0)}
     if "set_alpha_to_one" in said:
         schedule["ddim_to_zero"] = bool(said["set_alpha_to_one"])
     if said.get("rescale_betas_zero_snr"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import FIRST_STAGE, UNET
 from ..config import SD1, SDXL, SDXL_REFINER
+from ..errors import BadInput
 from ..unet import UNet
 
 TOWER = "text.{}."  # a tower until its family is known, and with it its prefix
@@ -151,6 +152,13 @@ def from_diffusers_vae(names: Iterable[str]) -> dict[str, str]:
     return {name: original(name) for name in names}
 
 
+def add(names: dict[str, str], original: str, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Note a file's name of a tensor; raises BadInput where it has another, of other numbers, for the same."""
+    before = names.setdefault(original, name)
+    if before != name and not torch.equal(tensors[before], tensors[name]):
+        raise BadInput(f"it holds {before} and {name}, which are one tensor of the model: remove either")
+
+
 def original_names(tensors: Mapping[str, Tensor]) -> Named:
     """A file's tensors by original names."""
     shared = next((prefix for prefix in ("module.", "model.module.") if all(n.startswith(prefix) for n in tensors)), "")
@@ -161,7 +169,7 @@ def original_names(tensors: Mapping[str, Tensor]) -> Named:
         if part is None:
             loose.append(name)
         else:
-            by_part.setdefault(part, {})[rest] = name
+            add(by_part.setdefault(part, {}), rest, name, tensors)
     names: dict[str, str] = {}
     for part, own in by_part.items():
         spelled = {name: name for name in own}
@@ -169,7 +177,8 @@ def original_names(tensors: Mapping[str, Tensor]) -> Named:
             spelled = from_diffusers_unet(own)
         elif part == FIRST_STAGE:
             spelled = from_diffusers_vae(own)
-        names |= {part + original: own[name] for name, original in spelled.items()}
+        for name, original in spelled.items():
+            add(names, part + original, own[name], tensors)
     unused = [name for original, name in names.items() if UNUSED.fullmatch(original)]
     names = {original: name for original, name in names.items() if not UNUSED.fullmatch(original)}
     found = dict(respelled(original, tensors[name]) for original, name in names.items())

@@ -210,6 +210,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+MARKERS = ("v_pred", "ztsnr")  # what says how a model was trained, also beside the wrapper
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params", "weights", "ema_state_dict")
 
 
@@ -219,9 +220,14 @@ def flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
         return
     for wrapper in WRAPPERS:
         inner = content.get(wrapper)
-        if isinstance(inner, Mapping) and any(True for _ in flattened(inner)):
+        if isinstance(inner, Mapping) and len(list(flattened(inner))) > sum(map(is_tensor, content.values())):
             yield from flattened(inner)
+            yield from ((name, content[name].detach()) for name in MARKERS if is_tensor(content.get(name)))
             return
     for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, Tensor):
+        if isinstance(name, str) and is_tensor(value):
             yield name, value.detach()
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

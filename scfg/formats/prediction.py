@@ -14,7 +14,8 @@ from ..diffusion import Diffusion
 from ..guidance import COND
 from ..schedule import Prediction
 from ..text import Prompt
-from .family import WEBUI_TERMINAL_ALPHA
+from ..unet import exact
+from .family import EPS_SAYS_NOTHING, WEBUI_TERMINAL_ALPHA
 
 log = logging.getLogger("scfg")
 SURE = 0.25  # cosine between noise and what an answer owes to it: networks of random weights stay below 0.2
@@ -74,7 +75,7 @@ def answer(model: Diffusion, noise: Tensor, t: int) -> Tensor:
     conditioning = conditioner.condition([COND], config.schedule.moment(sigma), None, x.shape)
     if config.unet.guidance_dim:
         conditioning = conditioning._replace(guidance=x.new_zeros(1, config.unet.guidance_dim))
-    with torch.autocast(x.device.type, enabled=False):
+    with exact(x.device):
         out, _ = model.unet(x, x.new_full((len(x),), t, dtype=torch.float32), conditioning)
     return out.float().cpu()
 
@@ -97,6 +98,8 @@ def ask_prediction(model: Diffusion) -> Diffusion:
         warnings.warn(f"{what}; prediction (--prediction) says otherwise", stacklevel=3)
     else:
         log.info(f"{unsaid}: taken as {found}, by its answer to noise")
+    if config.schedule.terminal_alpha and (found or usual) == "eps":
+        warnings.warn(f"this file asks for zero terminal SNR {EPS_SAYS_NOTHING}", stacklevel=3)
     return replace(model, config=predicting(config, found or usual))
 
 

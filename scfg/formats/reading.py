@@ -123,12 +123,14 @@ def completed(first: Contents, other: Contents) -> Contents:
         found = {name: value for name, value in own.items() if part(name) not in taken}
         return found | {name: value for name, value in more.items() if part(name) in taken}
 
+    lead = other if other.has(UNET) and not first.has(UNET) else first  # what files say is about their own U-Net
     return replace(
         first,
         tensors=together(first.tensors, other.tensors),
         names=together(first.names, other.names),
-        schedule=first.schedule or other.schedule,
-        config=other.config | first.config,
+        metadata=lead.metadata,
+        schedule=lead.schedule,
+        config=lead.config,
         tokenizer=first.tokenizer or other.tokenizer,
         from_transformers=other.from_transformers if towers else first.from_transformers,
     )
@@ -176,7 +178,7 @@ def source_of(contents: Contents, vae: Contents | None, tokenizer: CLIPTokenizer
         config_of(tensors, contents.schedule, contents.config), tensors, contents.from_transformers
     )
     if vae:
-        check_family(config, vae, sizes)
+        check_family(config, contents, vae, sizes)
         config = replace(config, vae=replace(sizes, overflows=config.vae.overflows))
     if tokenizer is None and contents.tokenizer:
         tokenizer = read_tokenizer(contents.tokenizer)
@@ -207,10 +209,10 @@ def checked_vae(contents: Contents) -> VAEConfig:
     return sizes
 
 
-def check_family(config: Config, vae: Contents, sizes: VAEConfig) -> None:
+def check_family(config: Config, contents: Contents, vae: Contents, sizes: VAEConfig) -> None:
     """Refuse another file's VAE that does not go with the U-Net; a VAE alone does not say its family."""
     family = vae.family() if vae.has(UNET) else None
-    if family and family.latent_scale != config.latent_scale:
+    if family and family.latent_scale != contents.family().latent_scale:
         what = f"{vae.path} is {family.name}, whose latents are not those of {config.name}"
         raise BadInput(f"{what}: give a VAE of this family")
     if sizes.latent_channels != config.unet.in_channels:

@@ -88,4 +88,7 @@ def tokenizer_of(tokenizer: Any) -> dict[str, str]:
     if tokenizer is None:
         return {}
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    return {"scfg.vocab": json.dumps(bpe["vocab"]), "scfg.merges": json.dumps([list(pair) for pair in bpe["merges"]])}
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if i >= len(bpe["vocab"])}
+    facts = {"vocab": bpe["vocab"], "merges": [list(pair) for pair in bpe["merges"]]}
+    facts |= {"added": [added[i] for i in sorted(added)]} if added else {}
+    return {f"scfg.{name}": json.dumps(value) for name, value in facts.items()}

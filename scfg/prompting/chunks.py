@@ -1,7 +1,7 @@
 """Prompts of any length: in chunks of what a text tower reads at once."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,16 @@ def kept_before_wrap(chunk: Sequence[Token], is_comma: Sequence[bool]) -> int:
     return commas[-1] if commas and len(chunk) - commas[-1] < WRAPPED else len(chunk)
 
 
+def split_long(text: Text, part: str, room: int) -> Iterator[tuple[str, list[int]]]:
+    """Words and their tokens; one that no chunk has room for, such as a sentence without blanks, in several."""
+    for name, ids in text.split(part):
+        if len(ids) <= room:
+            yield name, ids
+        else:
+            for i in range(0, len(ids), room):
+                yield str(text.checked_tokenizer().decode(ids[i : i + room])), ids[i : i + room]
+
+
 def tokenize(text: Text, prompt: str, literal: bool = False) -> Tokenized:
     """A prompt's tokens in chunks, the words among them, and their weights, as in the WebUI.
 
@@ -48,12 +58,12 @@ def tokenize(text: Text, prompt: str, literal: bool = False) -> Tokenized:
     for piece, weight in [(prompt, 1.0)] if literal else parse_weights(prompt):
         for i, part in enumerate([piece] if literal else re.split(r"\bBREAK\b", piece)):
             chunks += [[]] * (i > 0)
-            for name, ids in text.split(part):
+            for name, ids in split_long(text, part, room):
                 if len(full := chunks[-1]) + len(ids) > room:
                     fits = kept_before_wrap(full, [name == "," for name in names])
                     fits = len(full) if name == "," or len(full) - fits + len(ids) > room else fits
-                    chunks[-1:] = [full[:fits], full[fits:]]
-                chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids[:room]]
+                    chunks[-1:] = [full[:fits], full[fits:]] if full else [full]
+                chunks[-1] = chunks[-1] + [Token(id, weight, len(names)) for id in ids]
                 names.append(name)
     while len(chunks) > 1 and not chunks[-1]:  # nothing follows a last BREAK
         chunks.pop()

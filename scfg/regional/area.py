@@ -338,6 +338,8 @@ def find_phrase(words: Sequence[Word], phrase: str) -> list[Word]:
         """The words that make up the phrase, if it begins here."""
         rest, i = sought, first
         while rest and i < len(texts) and rest.startswith(texts[i]):
+            if i > first and not 0 <= words[i].start - words[i - 1].stop <= 2:  # of another prompt; 2: another chunk's
+                return range(0)
             rest, i = rest.removeprefix(texts[i]), i + 1
         return range(0) if rest else range(first, i)
 

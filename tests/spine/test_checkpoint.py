@@ -45,9 +45,9 @@ def test_names_and_shapes_of_whole_files_are_the_originals(name):
     """Every tensor of a published file finds its place, no place stays empty, and its sizes are the family's."""
     tensors = published(name)
     assert checkpoint.recognise(tensors) == FAMILIES[name]
-    parts = checkpoint.assemble(Path(name), Source(tensors), torch.float16)
-    assert parts.unet.out[2].weight.is_meta and len(parts.text.towers) == len(FAMILIES[name].text)
-    assert not parts.knows_prediction
+    _, unet, _, text, known = checkpoint.assemble(Path(name), Source(tensors), torch.float16)
+    assert unet.out[2].weight.is_meta and len(text.towers) == len(FAMILIES[name].text)
+    assert not known
     for key in [key for key in tensors if not checkpoint.UNUSED.fullmatch(key)][::97]:
         lacking = Source({k: v for k, v in tensors.items() if k != key}, config=FAMILIES[name])
         with pytest.raises(scfg.BadInput, match="missing"):
@@ -170,7 +170,7 @@ def test_absurd_metadata_is_one_line_or_makes_a_model_that_runs(capfd):
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1500, text
         else:
-            assert len(parts.config.schedule.sigmas) > 1
+            assert len(parts[0].schedule.sigmas) > 1
     assert len(broken) > 800 and refused > len(broken) / 2
 
 
@@ -186,7 +186,7 @@ def test_absurd_vocabularies_are_one_line_or_make_a_model(name, value):
     except scfg.BadInput as error:
         assert "\n" not in str(error)
     else:
-        assert (name, value) in [("vocab", "null"), ("merges", "null"), ("words", "null")] and parts.text
+        assert (name, value) in [("vocab", "null"), ("merges", "null"), ("words", "null")] and parts[3]
 
 
 def test_prediction_and_dtype_can_be_chosen():

@@ -268,6 +268,7 @@ def test_another_files_vae_decodes(tmp_path):
 READ = {  # every option: what is given, and what is read
     "negative": (["a cat"], "a cat"),
     "literal": ([], True),
+    "resume": ([], True),
     "emphasis": (["original"], "original"),
     "guidance": (["scfg-mean"], "scfg-mean"),
     "scale": (["4.5"], 4.5),
@@ -312,6 +313,7 @@ DEFAULTS = {
 DEFAULTS |= {
     "region": [],
     "literal": False,
+    "resume": False,
     "text": [],
     "ema": False,
     "zero_terminal_snr": False,
@@ -430,6 +432,16 @@ def test_options_change_a_guidance_that_is_given_as_a_whole(flat, tmp_path):
     assert guidance("--guidance", energy, "--seg", "2") == Guidance(scale=scfg.Energy(), perturb=scfg.SEG(2.0))
     with pytest.raises(scfg.BadInput, match="--scale does not act on Energy"):
         guidance("--guidance", energy, "--scale", "3")
+
+
+def test_an_empty_negative_prompt_is_not_the_same_as_none(tmp_path, flat):
+    args = sample.parse(["--negative", "", "--steps", "1"])
+    cli.plan(flat, args)
+    image = Image.new("RGB", (4, 4))
+    cli.save(tmp_path, 0, cli.parameters(args, flat, [0], 0), image, image)
+    assert sample.parse(["--from", str(tmp_path / "00000-0.png")]).negative == ""
+    made(tmp_path, "--steps", "1")
+    assert sample.parse(["--from", str(tmp_path / "00001-0.png")]).negative is None
 
 
 def test_what_killed_runs_left_behind_is_swept_away(tmp_path):
