@@ -15,6 +15,7 @@ from ..config import CLIP_L
 from ..errors import BadInput
 
 HUB_TOKENIZER = "openai/clip-vit-large-patch14"
+LARGEST = 2**22  # letters that are read of a vocabulary, which has 1.4 million; a small file may unpack to gigabytes
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -44,7 +45,7 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
             return tokenizer
         if path.is_file() and path.suffix == ".gz":
             with gzip.open(path, "rt", encoding="utf-8") as file:
-                lines = file.read().split("\n")
+                lines = file.read(LARGEST).split("\n")
             merges = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file has more than CLIP uses
             return clip_tokenizer(vocabulary(merges), merges)
     except Exception as error:  # a damaged file fails in as many ways as the libraries below have parts

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import warnings
 from dataclasses import replace
@@ -354,3 +355,14 @@ def test_clips_own_tokenizer_comes_from_the_cache_or_else_from_the_hub(monkeypat
     text = Text([Tower(TextConfig(width=64, layers=1, heads=1))])
     assert text.tokenize("cat")[0] == text.tokenize("cat")[0] == [49406, 512 + 1, 49407]
     assert calls == asked
+
+
+def test_a_vocabulary_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
+    with gzip.open(tmp_path / "bomb.txt.gz", "wb") as file:
+        for _ in range(64):
+            file.write(b"a b\n" * 2**20)
+    tracemalloc.start()
+    formats.read_tokenizer(tmp_path / "bomb.txt.gz")  # 270 MB unpacked, of which a vocabulary's lines are read
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6

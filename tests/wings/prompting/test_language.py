@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 import scfg
 from scfg import CFG, SCFG, BadInput, Guidance
 from scfg.prompting import ComposedPrompt, encode, schedule, sub_prompts
+from scfg.prompting.language import parse
+from scfg.prompting.weights import parse_weights
 
 STEPS = 6
 
@@ -270,3 +272,15 @@ def test_a_weight_leaves_the_picture_its_car(flat):
         return sum(any((one.colour, one.name) == ("green", "car") for one in reading.things) for reading in readings)
 
     assert cars("no-norm") == 8 and cars("original") == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(a" * 20_000, ":" + "1" * 20_000, "(a:1" * 8_000, "(a" * 10_000 + ")" * 10_000, "[a:" * 3_000 + "b" + ":0.5]" * 3_000],
+    ids=["open", "digits", "open numbers", "nested", "schedules"],
+)  # fmt: skip
+def test_thousands_of_brackets_do_not_hang(text):
+    """No speed is measured: the first took fifteen seconds where every bracket touched every piece in it."""
+    started = time.process_time()
+    parse(text)
+    assert parse_weights(text) and time.process_time() - started < 10
