@@ -194,9 +194,9 @@ def shortened(complaints: Sequence[str]) -> str:
 
 def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
     """The networks of a source's tensors, every one of which must find its place; complaints are one line."""
-    source = source._replace(tensors={name: own for name, own in source.tensors.items() if not UNUSED.fullmatch(name)})
     from .data import stated_config
 
+    source = source._replace(tensors={name: own for name, own in source.tensors.items() if not UNUSED.fullmatch(name)})
     try:
         config = source.config or stated_config(source.metadata) or recognise(source.tensors)
         parts, complaints = build_parts(config, source, dtype)

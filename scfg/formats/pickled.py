@@ -8,8 +8,6 @@ import mmap
 import pickle
 import pickletools
 import struct
-import types
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from ..errors import BadInput
 
@@ -26,10 +25,8 @@ DEEPEST = 100  # values within values
 FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what they fill is no deeper for it
 
 
-def rebuilt(storage: Any, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
+def rebuilt(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
     """A tensor over a record; one that repeats its numbers would be larger in memory than in the file."""
-    if isinstance(storage, torch.storage.TypedStorage):  # of the format before zip
-        storage = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())  # type: ignore[no-untyped-call]
     if math.prod(size) > len(storage):
         raise ValueError("a tensor has more numbers than its record")
     return torch.as_strided(storage, size, stride, offset)
@@ -92,8 +89,8 @@ class Code(Exception):
 class Unpickler(pickle.Unpickler):
     """Rebuilds tensors and plain values; nothing else that a file names is looked up, let alone run."""
 
-    def __init__(self, file: IO[bytes], encoding: str = "ASCII"):
-        super().__init__(file, encoding=encoding)
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
         self.file = file
 
     def load(self) -> Any:
@@ -143,13 +140,10 @@ def check_depth(file: IO[bytes]) -> None:
             stack += [None if kind is pickletools.markobject else depth for kind in after]
 
 
-# what torch.load takes in place of the module pickle
-SAFE = types.SimpleNamespace(
-    Unpickler=Unpickler,
-    load=lambda file, encoding="ASCII": Unpickler(file, encoding).load(),
-    UnpicklingError=pickle.UnpicklingError,
-    __name__="pickle",
-)
+def record_of(saved: Any) -> tuple[str, torch.dtype, int]:
+    """The key of a record, and how many numbers of which kind it holds, by a pickle's reference to it."""
+    _, kind, key, _, count = saved[:5]
+    return key, torch.uint8 if kind is torch.UntypedStorage else kind.dtype, count
 
 
 class Archive(Unpickler):
@@ -163,8 +157,7 @@ class Archive(Unpickler):
 
     def persistent_load(self, saved: Any) -> Tensor:
         """The flat tensor of a record, which must be as long as the file says that it is."""
-        _, kind, key, _, count = saved
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        key, dtype, count = record_of(saved)
         if key not in self.records:
             info = self.archive.getinfo(f"{self.folder}data/{key}")
             if info.file_size != count * dtype.itemsize:
@@ -187,16 +180,45 @@ def read_archive(path: Path, file: IO[bytes]) -> Any:
         return Archive(archive, file).load()
 
 
+class Sequel(Unpickler):
+    """Reads torch's format before zip, whose records follow the pickle."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        super().__init__(file)
+        self.left, self.records = size, dict[str, Tensor]()  # bytes that the records may still take
+
+    def persistent_load(self, saved: Any) -> Tensor:
+        key, dtype, count = record_of(saved)
+        if key not in self.records:
+            self.left -= count * dtype.itemsize
+            if self.left < 0 or (len(saved) > 5 and saved[5] is not None):
+                raise ValueError(f"record {key} is longer than the file, or a part of another")
+            self.records[key] = torch.empty(count, dtype=dtype, device="cpu")
+        return self.records[key]
+
+
+def read_sequel(path: Path, file: IO[bytes]) -> Any:
+    """Five pickles, of marks, the content and the keys of its records, and these in the order of the keys."""
+    mark, version, _ = (Unpickler(file).load() for _ in range(3))
+    if (mark, version) != (MAGIC_NUMBER, PROTOCOL_VERSION):
+        raise ValueError("it is a pickle, but none of torch")
+    reader = Sequel(file, path.stat().st_size)
+    content = reader.load()
+    for key in Unpickler(file).load():
+        record = reader.records[key]
+        (count,) = struct.unpack("<q", file.read(8))
+        if count != len(record) or file.readinto(memoryview(record.view(torch.uint8).numpy())) != record.nbytes:  # type: ignore[arg-type]
+            raise ValueError(f"record {key} is cut short")
+    return content
+
+
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled checkpoint by name, memory-mapped where the format allows it."""
     try:
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(file):
-                content = read_archive(path, file)
-            else:
-                file.seek(0)
-                content = torch.load(file, map_location="cpu", pickle_module=SAFE, weights_only=False)
+        with path.open("rb") as file:
+            zipped = zipfile.is_zipfile(file)
+            file.seek(0)
+            content = read_archive(path, file) if zipped else read_sequel(path, file)
     except Code as error:
         what = f"{path} holds code ({error}), which was not run"
         raise BadInput(f"{what}: use a .safetensors file of this model") from None

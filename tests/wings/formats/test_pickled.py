@@ -1,6 +1,7 @@
 """Pickled checkpoints that were repacked, torn or made to do harm."""
 
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -69,6 +70,36 @@ def test_a_record_cut_short_is_refused(tmp_path, kind):
         scfg.load(tmp_path / "new.ckpt")
 
 
+def test_the_format_before_zip_is_read_and_refused_where_it_is_cut(tmp_path):
+    whole = torch.arange(12.0)
+    content = SOME | {"first": whole[:4], "turned": whole.reshape(3, 4).T, "whole": torch.arange(3)}
+    torch.save({"state_dict": content}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=False)
+    assert equal(read_pickled(tmp_path / "model.ckpt"), content)
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "model.ckpt").read_bytes()[:-4])
+    with pytest.raises(scfg.BadInput, match="is no whole .ckpt file"):
+        read_pickled(tmp_path / "cut.ckpt")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "model.zip"])
+def test_scripts_and_tar_archives_of_torch_are_not_run_or_unpacked(tmp_path, monkeypatch, name):
+    """torch.load hands the one to its compiler, and unpacks the other into a folder."""
+
+    class Script(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    for function in ("load", "jit.load"):
+        monkeypatch.setattr(f"torch.{function}", lambda *_, **__: pytest.fail("this runs or unpacks what a file holds"))
+    torch.jit.script(Script()).save(tmp_path / name)
+    with pytest.raises(scfg.BadInput):
+        scfg.load(tmp_path / name)
+    with tarfile.open(tmp_path / name, "w") as archive:
+        info = tarfile.TarInfo("\x80storages")
+        archive.addfile(info)
+    with pytest.raises(scfg.BadInput):
+        scfg.load(tmp_path / name)
+
+
 def test_what_unpacks_to_many_times_its_size_is_not_read(tmp_path):
     path = repacked(saved(tmp_path / "old.ckpt", {"a": torch.zeros(1_000_000)}), tmp_path / "new.ckpt")
     with pytest.raises(scfg.BadInput, match="unpacks to over 4 times its size, as no weights do"):
@@ -109,9 +140,11 @@ def test_values_nested_as_programs_nest_them_are_read(tmp_path):
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-def test_every_cut_and_many_flips_of_a_file_are_read_or_refused(tmp_path):
-    """Never another exception, and never other numbers than the file's own records hold."""
-    whole = saved(tmp_path / "whole.ckpt", SOME).read_bytes()
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before zip"])
+def test_every_cut_and_many_flips_of_a_file_are_read_or_refused(tmp_path, zipped):
+    """Never another exception."""
+    torch.save(SOME, tmp_path / "whole.ckpt", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "whole.ckpt").read_bytes()
     generator = torch.Generator().manual_seed(0)
     for i in range(300):
         content, place = bytearray(whole), int(torch.randint(len(whole), (1,), generator=generator))
