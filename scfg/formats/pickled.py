@@ -207,8 +207,11 @@ def read_sequel(path: Path, file: IO[bytes]) -> Any:
     for key in Unpickler(file).load():
         record = reader.records[key]
         (count,) = struct.unpack("<q", file.read(8))
-        if count != len(record) or file.readinto(memoryview(record.view(torch.uint8).numpy())) != record.nbytes:  # type: ignore[arg-type]
+        found = file.read(record.nbytes)
+        if count != len(record) or len(found) != record.nbytes:
             raise ValueError(f"record {key} is cut short")
+        if count:
+            record.copy_(torch.frombuffer(bytearray(found), dtype=record.dtype))
     return content
 
 
