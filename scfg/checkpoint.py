@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from .config import SD1, SD2_V, SDXL, SDXL_REFINER, Config, TextConfig, VAEConfig
+from .config import SD1, SD2_V, SDXL, SDXL_REFINER, Config
 from .errors import BadInput
 from .text import Text, Tower
 from .unet import UNet
@@ -45,7 +44,7 @@ class Source(NamedTuple):
 
     tensors: Tensors
     metadata: Metadata = {}
-    config: Config | None = None  # None: it is recognised
+    config: Config | None = None  # None: what the metadata state, or else the published family's
     knows_prediction: bool = False  # whether the config's prediction is known, not only usual for the family
     tokenizer: CLIPTokenizer | None = None
     names: Mapping[str, str] = {}  # original name -> the file's own, where they differ
@@ -83,36 +82,6 @@ def family_of(tensors: Mapping[str, Tensor]) -> Config:
     return {768: SD1, 1024: SD2_V}.get(width, SD2_V if linear else SD1)
 
 
-def recognise(tensors: Tensors) -> Config:
-    """The family and its sizes; heads and prediction are in no file: they come from the family."""
-    channels, in_channels, *_ = shape(tensors, UNET + "input_blocks.0.0.weight")
-    family = family_of(tensors)
-    firsts = [1 + level * (family.unet.res_blocks + 1) for level in range(len(family.unet.channel_mult))]
-    widths = [shape(tensors, f"{UNET}input_blocks.{i}.0.out_layers.0.weight")[0] for i in firsts]
-    unet = replace(
-        family.unet,
-        model_channels=channels,
-        in_channels=in_channels,
-        out_channels=shape(tensors, UNET + "out.2.weight")[0],
-        channel_mult=tuple(width // channels for width in widths),
-        context_dim=shape(tensors, UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        vector_dim=shape(tensors, UNET + "label_emb.0.0.weight")[1] if family.unet.vector_dim else 0,
-    )
-    own = [tower_tensors(with_prefix(tensors, tower.prefix)) for tower in family.text]
-    towers = tuple(map(tower_sizes, family.text, own)) if any(own) else ()
-    return replace(family, unet=unet, vae=vae_sizes(family.vae, tensors), text=towers)
-
-
-def vae_sizes(vae: VAEConfig, tensors: Tensors) -> VAEConfig:
-    """The sizes of a family's VAE from its tensors."""
-    channels = shape(tensors, FIRST_STAGE + "encoder.conv_in.weight")[0]
-    levels = len({name.split(".")[3] for name in tensors if name.startswith(FIRST_STAGE + "encoder.down.")})
-    norms = [shape(tensors, f"{FIRST_STAGE}encoder.down.{i}.block.0.norm2.weight") for i in range(levels)]
-    mult = tuple(width // channels for (width,) in norms)
-    latent_channels = shape(tensors, FIRST_STAGE + "decoder.conv_in.weight")[1]
-    return replace(vae, channels=channels, channel_mult=mult, latent_channels=latent_channels)
-
-
 def tower_tensors(tensors: Tensors) -> Tensors:
     """A text tower's tensors under the names that transformers gives them; open_clip keeps q, k and v in one."""
     found = {}
@@ -129,22 +98,6 @@ def tower_tensors(tensors: Tensors) -> Tensors:
         else:
             found[f"transformer.{name}"] = tensor
     return found
-
-
-def tower_sizes(tower: TextConfig, tensors: Tensors) -> TextConfig:
-    """The sizes of a family's text tower, whose heads are 64 wide, from its tensors; the family's where there are none.
-
-    A tower of the family's own width has all of the family's layers: the last ones must not be missing unnoticed.
-    """
-    if not tensors:
-        return tower
-    vocabulary, width = shape(tensors, "transformer.embeddings.token_embedding.weight")
-    length, _ = shape(tensors, "transformer.embeddings.position_embedding.weight")
-    pooled = shape(tensors, "text_projection.weight")[0] if tower.pooled else 0
-    found = {name.split(".")[3] for name in tensors if name.startswith("transformer.encoder.layers.")}
-    layers = tower.layers if width == tower.width else len(found)
-    heads = max(1, width // 64)
-    return replace(tower, width=width, layers=layers, heads=heads, length=length, vocabulary=vocabulary, pooled=pooled)
 
 
 def build(
@@ -174,7 +127,8 @@ def load_parts(
 ) -> LoadedParts:
     """Read a checkpoint whole or not at all; raises BadInput with one line that names what is wrong with it.
 
-    A .safetensors file in the original layout is read here, whatever else by the formats wing.
+    A .safetensors file in the original layout that has a published family's sizes, or states its config, is read
+    here, whatever else by the formats wing.
     """
     try:
         if len(paths) == 1 and paths[0].is_file() and not (vae or tokenizer or ema):
@@ -198,7 +152,7 @@ def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
 
     source = source._replace(tensors={name: own for name, own in source.tensors.items() if not UNUSED.fullmatch(name)})
     try:
-        config = source.config or stated_config(source.metadata) or recognise(source.tensors)
+        config = source.config or stated_config(source.metadata) or family_of(source.tensors)
         parts, complaints = build_parts(config, source, dtype)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None

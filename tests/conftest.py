@@ -24,7 +24,7 @@ def oracle() -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def tiny() -> scfg.Diffusion:
     """The original SD 1.x structure at a tenth of the width, random weights, no text tower."""
-    return scfg.load(DATA / "tiny_sd1.safetensors", prediction="eps")
+    return scfg.load(DATA / "tiny_sd1.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import UNET, family_of, recognise, shape, tower_tensors, with_prefix
-from ..config import Config, UNetConfig, predicting
+from ..checkpoint import UNET, family_of, tower_tensors, with_prefix
+from ..config import Config, predicting
 from ..errors import BadInput
+from .sizes import recognise
 
 WEBUI_TERMINAL_ALPHA = 4.8973451890853435e-08  # the WebUI's in place of 0, so that sigma stays finite
 PREDICTIONS = {"v": "v", "v_prediction": "v", "v-prediction": "v", "epsilon": "eps", "eps": "eps"}
@@ -33,10 +34,6 @@ OTHERS = (  # names that tell files of other kinds -> what they are
     (r"(string_to_param|emb_params$)", "a textual inversion"),
     (r"(model\.)?(encoder_proj|encoder_pooling|aug_proj)\.", "a DeepFloyd IF model"),
     (r"(body\.\d+\.rdb1|model\.1\.sub\.|conv_first\.)", "an upscaler of pictures"),
-)
-RELATIVES = (  # transformer blocks by level, and in the middle, of SSD-1B and Vega (2401.02677)
-    ((0, (2, 2, 2, 1, 1), (4, 4, 4, 4, 10)), None),
-    ((0, 1, 2), None),
 )
 CHANNELS = {  # of the U-Net's input -> the task
     5: "a depth model (5 channels)",
@@ -92,9 +89,7 @@ def config_of(tensors: Mapping[str, Tensor], schedule: Mapping[str, Any], fields
 
     tensors: by original names, towers included. schedule, fields: stated fields of the Schedule and of the Config.
     """
-    tensors = dict(tensors)
-    config = recognise(tensors)
-    config = replace(config, unet=relative(config.unet, tensors))
+    config = recognise(dict(tensors))
     if "prediction" in schedule:
         config = predicting(config, schedule["prediction"])
     config = replace(config, schedule=replace(config.schedule, **schedule))
@@ -102,28 +97,6 @@ def config_of(tensors: Mapping[str, Tensor], schedule: Mapping[str, Any], fields
         warnings.warn(f"this file asks for zero terminal SNR {EPS_SAYS_NOTHING}", stacklevel=7)
     config = replace(config, **({"spacing": "trailing"} if config.schedule.terminal_alpha else {}) | dict(fields))
     return replace(config, spacing="lcm") if config.unet.guidance_dim else config
-
-
-def relative(unet: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
-    """The U-Net of a relative: SSD-1B and Vega have their own number of transformer blocks, an LCM takes the scale."""
-    period, levels = unet.res_blocks + 1, len(unet.channel_mult)
-    depths: list[int | tuple[int, ...]] = []
-    for level in range(levels):
-        down = [f"input_blocks.{1 + level * period + i}" for i in range(unet.res_blocks)]
-        up = [f"output_blocks.{(levels - 1 - level) * period + i}" for i in range(period)]
-        found = tuple(transformer_blocks(tensors, block) for block in down + up)
-        depths.append(found[0] if len(set(found)) == 1 else found)
-    middle = transformer_blocks(tensors, "middle_block") if UNET + "middle_block.1.norm.weight" in tensors else None
-    if (tuple(depths), middle) not in RELATIVES:  # what lacks some blocks is no relative
-        depths, middle = list(unet.transformer_depth), unet.middle_depth
-    lcm = UNET + "time_embed.cond_proj.weight"
-    guidance = shape(dict(tensors), lcm)[1] if lcm in tensors else 0
-    return replace(unet, transformer_depth=tuple(depths), middle_depth=middle, guidance_dim=guidance)
-
-
-def transformer_blocks(tensors: Mapping[str, Tensor], block: str) -> int:
-    prefix = f"{UNET}{block}.1.transformer_blocks."
-    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
 def place_towers(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..checkpoint import FIRST_STAGE, UNET, Source, build, family_of, shortened, vae_sizes, with_prefix
+from ..checkpoint import FIRST_STAGE, UNET, Source, build, family_of, shortened, with_prefix
 from ..config import Config, VAEConfig
 from ..data import stated_config
 from ..errors import BadInput
@@ -21,6 +21,7 @@ from .content import read_file
 from .family import check_kind, config_of, place_towers, stated_schedule, without_last_layer
 from .folder import read_folder
 from .names import averaged, original_names
+from .sizes import vae_sizes
 from .tokenizer import read_tokenizer
 
 log = logging.getLogger("scfg")

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scfg
 from scfg import CFG, OFFICIAL, PAPER, SCFG, Capture, Conditioning, Prompt, Tokens
 from scfg.config import SD1, SD2_BASE, SD2_V, SDXL, SDXL_REFINER
+from scfg.data import config_to_json
 from scfg.segment import CONDITIONAL
 from scfg.text import Text, Tower
 from scfg.unet import UNet
@@ -27,11 +28,12 @@ ZEROS = "the unconditional context is all zeros: the foreground is the condition
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A small file of every family, which carries its tokenizer."""
+    """A small file of every family, which carries its tokenizer and says what it is."""
     folder, metadata = tmp_path_factory.mktemp("families"), families.tokenizer_metadata(MERGES)
     for name, family in FAMILIES.items():
         config = families.small(family, len(families.vocabulary(MERGES)))
-        save_file(families.original(config), folder / f"{name}.safetensors", metadata)
+        said = metadata | {"scfg.config": config_to_json(config)}
+        save_file(families.original(config), folder / f"{name}.safetensors", said)
     return folder
 
 
@@ -40,8 +42,7 @@ def load(files):
     def load(name: str, **options) -> scfg.Diffusion:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            usual = {"prediction": FAMILIES[name].schedule.prediction}  # the files do not say
-            return scfg.load(files / f"{name}.safetensors", **usual | options)
+            return scfg.load(files / f"{name}.safetensors", **options)
 
     return load
 
