@@ -32,7 +32,7 @@ def run(args: Namespace) -> Tensor:
                 progress.update(len(seeds) * args.steps)
                 continue
             started = time.perf_counter()
-            noise, record = model.noise(seeds, args.size), Record()
+            noise, record = model.noise(seeds, args.size), Record(regions=not args.no_regions)
             x = noise() * math.sqrt(job.sigmas[0] ** 2 + 1)
             for step in scfg.run(job.denoise, job.sampler, x, job.sigmas, noise):
                 record.add(step)
@@ -62,9 +62,10 @@ def write(
     i: int,
 ) -> None:
     """Decode the i-th latent of a batch, by itself to save memory, and write the picture with its regions beside it."""
-    picture = to_image(model.decode(latents[i : i + 1])[0])
-    title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
-    regions = sheet(picture, record.scores[i], record.scale[i], record.words[0], title, chunk)
+    picture, regions = to_image(model.decode(latents[i : i + 1])[0]), None
+    if not args.no_regions:
+        title = f"{args.prompt}   ({cli.in_short(args)}, seed {seed})"
+        regions = sheet(picture, record.scores[i], record.scale[i], record.words[0], title, chunk)
     cli.save(args.out, seed, text, picture, regions)
 
 

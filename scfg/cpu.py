@@ -160,11 +160,12 @@ def pack_layers(network: nn.Module) -> None:
 def pack(model: Diffusion) -> bool:
     """Make a model on the CPU faster, for good and in place; False, and nothing changed, where that is not possible.
 
-    The layers of its U-Net and VAE are replaced by packed ones, whose results differ by rounding (about 1e-6 of the
-    largest value). They have no gradients, and the networks' state dicts lose them.
+    The layers of its U-Net, and of a VAE that is not in float16, are replaced by packed ones, whose results differ by
+    rounding (about 1e-6 of the largest value). They have no gradients, and the networks' state dicts lose them.
     """
     if model.device.type != "cpu" or not can_pack(model.dtype):
         return False
     pack_layers(model.unet)
-    pack_layers(model.vae)
+    if model.vae.quant_conv.weight.dtype != torch.float16:  # which may have to decode in float32
+        pack_layers(model.vae)
     return True

@@ -7,7 +7,7 @@ can come of it, and every field is checked against its annotation.
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -17,7 +17,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from .config import Config, TextConfig, UNetConfig, VAEConfig
-from .errors import BadInput, shown
+from .errors import BadInput, listed, shown, whole_number
 from .schedule import Prediction, Schedule
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe
 
@@ -206,6 +206,16 @@ def check_load(device: Any, dtype: Any, prediction: Any) -> None:
         raise BadInput(f"dtype is one of {', '.join(map(str, DTYPES))}, not {shown(dtype)}")
     if prediction not in (None, *get_args(Prediction)):
         raise BadInput(f"prediction is eps or v, not {shown(prediction)}")
+
+
+def seeds_of(seeds: int | Sequence[int], count: int, fixed: bool) -> list[int]:
+    """One seed a picture, of so many prompts; one prompt serves any number of pictures, unless that is fixed."""
+    if isinstance(seeds, int) or getattr(seeds, "ndim", 1) == 0:
+        seeds = [whole_number("a seed", seeds, 0, 2**64 - count) + i for i in range(count)]
+    seeds = listed("seeds", seeds)
+    if not seeds or (count != len(seeds) and (count > 1 or fixed)):
+        raise BadInput(f"{count} {'latents' if fixed else 'prompts'} for {len(seeds)} pictures: give one for each")
+    return seeds
 
 
 def paths_of(given: Any) -> list[Path]:

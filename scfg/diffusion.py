@@ -1,5 +1,6 @@
 """A loaded model: prompt, denoise, sample, encode, decode; and the loop over a sampler's steps."""
 
+import copy
 import math
 import warnings
 from collections.abc import Generator, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from .checkpoint import load_parts
 from .config import Config, predicting
 from .denoise import Denoised, Denoiser
-from .errors import BadInput, pictures_or_latents, shown, whole_number
+from .errors import BadInput, listed, pictures_or_latents, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
 from .schedule import Prediction, Spacing
@@ -25,6 +26,7 @@ from .unet import Capture, UNet, exact
 from .vae import VAE
 
 WHOLE = 128 * 128  # latent pixels that are decoded at once
+MANY = 64 * 64  # pixels of maps, beyond which they may not fit into memory
 
 
 class Step(NamedTuple):
@@ -205,27 +207,28 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
+        from .data import seeds_of
+
         prompt = self.encoded(prompt)
         if latent is not None:
             latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
-        batch = prompt.pictures if latent is None else len(latent)
-        if isinstance(seeds, int) or getattr(seeds, "ndim", 1) == 0:
-            seeds = [whole_number("a seed", seeds, 0, 2**64 - batch) + i for i in range(batch)]
-        seeds = listed("seeds", seeds)
-        if not seeds or (batch != len(seeds) and (batch > 1 or latent is not None)):
-            what = f"{batch} {'prompts' if latent is None else 'latents'} for {len(seeds)} pictures"
-            raise BadInput(f"{what}: give one for each")
+        seeds = seeds_of(seeds, prompt.pictures if latent is None else len(latent), latent is not None)
         if latent is not None:
             size = latent.shape[-1] * self.config.vae.factor, latent.shape[-2] * self.config.vae.factor
         elif self.config.aesthetic_scores:
             what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
             warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
+        size = self.config.size if size is None else size
+        noise, denoiser = self.noise(seeds, size), self.denoiser(prompt, guidance)
+        if len(seeds) * math.prod(self.latent_shape(size)[1:]) > MANY * denoiser.map_divisor**2:
+            from .large import check_maps
+
+            check_maps(denoiser, self.device, len(seeds), size, self.config.vae.factor)
         sigmas = falling(self.sigmas(steps, sampler, None) if sigmas is None else sigmas)
-        noise = self.noise(seeds, self.config.size if size is None else size)
         first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
         x = start * math.sqrt(sigmas[0] ** 2 + 1)
-        return run(self.denoiser(prompt, guidance), sampler, x, sigmas, noise)
+        return run(denoiser, sampler, x, sigmas, noise)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
@@ -248,20 +251,24 @@ class Diffusion:
         latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
         if not latent.isfinite().all():
             raise FloatingPointError("the latent is not finite, so that there is no picture")
-        dtype = self.vae.quant_conv.weight.dtype
-        latent, pixels = (latent / self.config.latent_scale).to(self.device, dtype), math.prod(latent.shape[-2:])
-        several = torch.split(latent, max(1, WHOLE // pixels))
-        decode = self.vae.decode
+        image = self.decoded(self.vae, latent)
+        if self.vae.quant_conv.weight.dtype == torch.float16 and not image.isfinite().all():
+            warnings.warn("the VAE overflows in float16: it decodes in float32", stacklevel=3)
+            image = self.decoded(copy.deepcopy(self.vae).float(), latent)
+        if not image.isfinite().all():
+            raise FloatingPointError("decoding is not finite: try another file's VAE")
+        return (image / 2 + 0.5).clamp(0, 1)
+
+    def decoded(self, vae: VAE, latent: Tensor) -> Tensor:
+        """A VAE's own pictures, (b 3 H W) about [-1, 1] in float32."""
+        latent = (latent / self.config.latent_scale).to(self.device, vae.quant_conv.weight.dtype)
+        pixels, decode = math.prod(latent.shape[-2:]), vae.decode
         if pixels > WHOLE:
             from .large import decode_in_bands
 
-            decode = partial(decode_in_bands, self.vae)
+            decode = partial(decode_in_bands, vae)
         with exact(self.device):
-            image = torch.cat([decode(some) for some in several]).float()
-        if not image.isfinite().all():
-            other = "bfloat16" if dtype == torch.float16 else "another file's VAE"
-            raise FloatingPointError(f"decoding is not finite in {str(dtype).removeprefix('torch.')}: try {other}")
-        return (image / 2 + 0.5).clamp(0, 1)
+            return torch.cat([decode(some) for some in torch.split(latent, max(1, WHOLE // pixels))]).float()
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -271,14 +278,6 @@ class Diffusion:
         image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
         with exact(self.device):
             return self.vae.encode(image)[0].float() * self.config.latent_scale
-
-
-def listed(what: str, values: Any) -> list[Any]:
-    """What was given as several values; raises BadInput for a single one."""
-    try:
-        return list(values)
-    except TypeError:
-        raise BadInput(f"{what}: give several numbers, not {shown(values)}") from None
 
 
 def embedded_checkpoint() -> Path:

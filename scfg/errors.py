@@ -22,6 +22,14 @@ def whole_number(what: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def listed(what: str, values: Any) -> list[Any]:
+    """What was given as several values; raises BadInput for a single one."""
+    try:
+        return list(values)
+    except TypeError:
+        raise BadInput(f"{what}: give several numbers, not {shown(values)}") from None
+
+
 def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
     """Numbers (b channels h w), also numpy's, as a tensor; raises BadInput for anything else."""
     try:

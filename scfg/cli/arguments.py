@@ -238,6 +238,7 @@ def add_run(parser: Parser) -> None:
     add(
         "--resume", action="store_true", help="make only the pictures of this command that the folder does not hold yet"
     )
+    add("--no-regions", action="store_true", help="write no picture of the regions; cfg then reads no maps")
     add("--verbose", action="store_true", help="say what was ignored in files, and what was found out about them")
 
 

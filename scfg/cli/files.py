@@ -60,16 +60,17 @@ def scale_of(rule: Rule) -> float | None:
     return scale_of(inner) if inner else getattr(rule, "gamma", None)
 
 
-def save(folder: Path, seed: int, text: str, picture: Image.Image, regions: Image.Image) -> None:
-    """Write a picture and its regions under the first number that no other process has taken, and say where."""
+def save(folder: Path, seed: int, text: str, picture: Image.Image, regions: Image.Image | None) -> None:
+    """Write a picture, and its regions if any, under the first number that no other process has taken; say where."""
     number = next_number(folder)
     while True:
         name = f"{number:05d}-{seed}"
         try:
             for image, path in ((regions, folder / f"{name}-regions.png"), (picture, folder / f"{name}.png")):
-                with whole(path) as part:
-                    save_png(image, part, text)
-                tqdm.write(str(path))
+                if image:
+                    with whole(path) as part:
+                        save_png(image, part, text)
+                    tqdm.write(str(path))
             return
         except FileExistsError:
             number += 1

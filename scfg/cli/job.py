@@ -4,7 +4,7 @@ import argparse
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,19 @@ from typing import NamedTuple
 import torch
 
 from .. import cpu
+from ..denoise import Denoiser
 from ..diffusion import Diffusion, embedded_checkpoint
 from ..diffusion import load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
 from ..formats import check_prediction, with_zero_terminal_snr
 from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
+from ..large import check_maps
 from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp, lcm
 from ..prompting import ComposedPrompt, encode
 from ..regional import ByRegion, Part, RegionalPrompt
 from ..regional.area import find_phrase
-from ..report.record import middle_third, watch
+from ..report.record import finding, middle_third, watch
 from ..samplers import SAMPLERS, Denoise, Sampler, Steps
 from ..text import Prompt
 from .arguments import DIRECTIONS, SAMPLER_NAMES
@@ -131,7 +133,7 @@ def plan(model: Diffusion, args: argparse.Namespace) -> Job:
     sampler, sigmas = sampler_of(args), model.sigmas(args.steps, args.sampler, args.spacing)
     shown = {sigmas[i] for i in middle_third(args.steps)}
     prompt = prompt_of(model, args, sigmas)
-    denoise = watch(model.denoiser(prompt, guidance), shown)
+    denoise = watched(model, model.denoiser(prompt, guidance), args, shown)
     if args.refiner:
         args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
         refiner, schedule = load(args.refiner, args, main=False), model.config.schedule
@@ -139,11 +141,22 @@ def plan(model: Diffusion, args: argparse.Namespace) -> Job:
         if schedule.time(sigmas[-2]) >= handover_time(schedule, args.refiner_from):
             what = f"none of the {args.steps} steps lies in its share of the timesteps"
             warnings.warn(f"the refiner never takes over: {what}", stacklevel=2)
-        late = watch(refiner.denoiser(prompt_of(refiner, args, sigmas), guidance), shown)
+        late = watched(refiner, refiner.denoiser(prompt_of(refiner, args, sigmas), guidance), args, shown)
         denoise = hand_over(late, schedule, args.refiner_from)(denoise)
     for line in [*unusual(args, model, guidance), *idle(args, model, guidance, sigmas[:-1])]:
         warnings.warn(line, stacklevel=2)
     return Job(prompt, denoise, sampler, sigmas)
+
+
+def watched(model: Diffusion, denoiser: Denoiser, args: argparse.Namespace, shown: Collection[float]) -> Denoise:
+    """The denoise step, which finds regions at the noise levels where they are shown; their maps must fit."""
+    pictures, factor = min(args.batch, args.count), model.config.vae.factor
+    check_maps(denoiser, model.device, pictures, args.size, factor)
+    if args.no_regions:
+        return denoiser
+    remedy = ", or leave the picture of the regions out with --no-regions"
+    check_maps(finding(denoiser), model.device, pictures, args.size, factor, remedy)
+    return watch(denoiser, shown)
 
 
 def unusual(args: argparse.Namespace, model: Diffusion, guidance: Guidance) -> list[str]:

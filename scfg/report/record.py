@@ -18,9 +18,14 @@ def middle_third(steps: int) -> range:
     return range(steps // 3, max(steps // 3 + 1, steps * 2 // 3))
 
 
+def finding(denoiser: Denoiser) -> Denoiser:
+    """The same steps, which find regions also where guidance reads none."""
+    return replace(denoiser, segment=denoiser.segment or denoiser.guidance.recipe or OFFICIAL)
+
+
 def watch(denoiser: Denoiser, sigmas: Collection[float]) -> Denoise:
-    """The same steps, which at these noise levels find regions also where guidance reads none."""
-    watching = replace(denoiser, segment=denoiser.segment or denoiser.guidance.recipe or OFFICIAL)
+    """The same steps, which find regions at these noise levels."""
+    watching = finding(denoiser)
 
     def denoise(x: Tensor, sigma: float, previous: Denoised | None) -> Any:
         return (watching if sigma in sigmas else denoiser)(x, sigma, previous)
@@ -29,9 +34,10 @@ def watch(denoiser: Denoiser, sigmas: Collection[float]) -> Denoise:
 
 
 class Record:
-    """Sums over a run's steps, for its report."""
+    """Sums over a run's steps, for its report; regions: whether they are shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, regions: bool = True) -> None:
+        self.regions = regions
         self.scores: Tensor | float = 0.0  # (b t h w) of every token, mean of the middle third of the steps
         self.words: tuple[tuple[Word, ...], ...] = ()  # of the text of the last of these, the only one in that mean
         self.counted = 0
@@ -40,7 +46,7 @@ class Record:
 
     def add(self, step: Step) -> None:
         middle, denoised = middle_third(step.count), step.denoised
-        if step.index in middle:
+        if self.regions and step.index in middle:
             if denoised.regions is None:
                 raise BadInput("these steps found no regions: give run() the denoiser through scfg.report.watch")
             if denoised.regions.words != self.words:  # another text's tokens

@@ -1,0 +1,59 @@
+"""Attention maps that cannot fit into memory are refused before any work."""
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..denoise import Denoiser
+from ..errors import BadInput
+
+AT_ONCE = 4  # maps of one block: a head's logits and probabilities, the sum over heads without it and with it
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def check_maps(
+    denoiser: Denoiser, device: torch.device, pictures: int, size: tuple[int, int], factor: int, remedy: str = ""
+) -> None:
+    """Raise BadInput where regions are read from maps that do not fit into the memory that is free on the device.
+
+    pictures: that are made at once. size: (width, height) in pixels, of a VAE of this factor. remedy: what else to do.
+    """
+    if not (denoiser.segment or denoiser.guidance.recipe):
+        return
+    needed, free = map_bytes(denoiser, pictures, size, factor), free_memory(device)
+    if needed > free:
+        shrunk = (free / needed) ** 0.25  # of a side: maps have the square of the picture's pixels
+        width, height = (max(factor, int(side * shrunk) // factor * factor) for side in size)
+        what = f"the attention maps of {pictures} x {size[0]}x{size[1]} pixels take {needed / 1e9:.0f} GB"
+        fewer = ", or make fewer pictures at once" if pictures > 1 else ""
+        raise BadInput(f"{what}, {free / 1e9:.1f} GB are free: {width}x{height} would fit{fewer}{remedy}")
+
+
+def map_bytes(denoiser: Denoiser, pictures: int, size: tuple[int, int], factor: int) -> int:
+    """The most memory that reading regions takes, for the rows uncond and cond."""
+    pixels = math.prod(math.ceil(side / factor / denoiser.map_divisor) for side in size)
+    return AT_ONCE * 2 * pictures * pixels**2 * torch.float32.itemsize
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still take; infinity where the system does not say."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    found = [math.inf]
+    if device.type == "cpu":
+        with suppress(OSError):  # no Linux
+            found.append(bytes_of("/proc/meminfo", "MemAvailable"))
+            own = bytes_of("/proc/self/status", "RssAnon")
+            for limit in LIMITS:
+                with suppress(OSError, ValueError):  # the other version of cgroups, or "max"
+                    found.append(int(Path(limit).read_text()) - own)
+    return max(0, min(found))
+
+
+def bytes_of(path: str, name: str) -> int:
+    """A line "name: NUMBER kB" of a file in /proc."""
+    lines = [line.split() for line in Path(path).read_text().splitlines()]
+    return 1024 * next(int(words[1]) for words in lines if words and words[0] == f"{name}:")

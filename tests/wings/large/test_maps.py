@@ -1,0 +1,59 @@
+"""Attention maps that cannot fit into memory."""
+
+import math
+
+import pytest
+import torch
+from conftest import seeded
+from counting import Bytes
+
+import scfg
+from scfg import CFG, SCFG
+from scfg.large import check_maps
+from scfg.large.maps import free_memory, map_bytes
+
+CAPTION = "a red car on grass"
+
+
+@torch.no_grad()
+def test_what_maps_take_is_what_is_counted(flat):
+    x, peaks = seeded(2, 4, 32, 48), []
+    for guidance in (CFG(4.0), SCFG(4.0)):
+        denoiser = flat.denoiser([CAPTION] * 2, guidance)
+        denoiser(x, 5.0)
+        with Bytes() as counted:
+            denoiser(x, 5.0)
+        peaks.append(counted.peak)
+    needed = map_bytes(denoiser, 2, (48 * flat.config.vae.factor, 32 * flat.config.vae.factor), flat.config.vae.factor)
+    assert 0.9 * needed < peaks[1] < needed + peaks[0]
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (8192, 8192), (8192, 512)])
+def test_a_size_whose_maps_cannot_fit_is_refused_before_any_work(flat, monkeypatch, size):
+    monkeypatch.setattr("scfg.large.maps.free_memory", lambda device: 8e9)
+    with pytest.raises(scfg.BadInput, match=r"would fit, or make fewer pictures at once$") as caught:
+        flat.sample(CAPTION, SCFG(4.0), size=size, seeds=[1, 2])
+    assert f"of 2 x {size[0]}x{size[1]} pixels take " in str(caught.value) and "\n" not in str(caught.value)
+    flat.sample(CAPTION, CFG(4.0), size=size, seeds=[1, 2])  # reads none
+
+
+def test_the_size_that_is_named_fits_and_the_next_does_not(flat, monkeypatch):
+    denoiser, factor = flat.denoiser(CAPTION, SCFG(4.0)), flat.config.vae.factor
+    free = map_bytes(denoiser, 1, (400, 400), factor)
+    monkeypatch.setattr("scfg.large.maps.free_memory", lambda device: free)
+    check_maps(denoiser, flat.device, 1, (400, 400), factor)
+    with pytest.raises(scfg.BadInput, match="GB are free: 400x400 would fit$"):
+        check_maps(denoiser, flat.device, 1, (800, 800), factor)
+    with pytest.raises(scfg.BadInput, match="fit, or ask$"):
+        check_maps(denoiser, flat.device, 1, (400 + factor, 400), factor, ", or ask")
+
+
+def test_free_memory_is_at_most_a_containers_and_unknown_elsewhere(tmp_path, monkeypatch):
+    here = free_memory(torch.device("cpu"))
+    assert 1e8 < here < 1e14 and free_memory(torch.device("meta")) == math.inf
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "limit").write_text("1000\n")
+    monkeypatch.setattr("scfg.large.maps.LIMITS", [tmp_path / "max", tmp_path / "none"])
+    assert free_memory(torch.device("cpu")) > 1e8
+    monkeypatch.setattr("scfg.large.maps.LIMITS", [tmp_path / "max", tmp_path / "limit"])
+    assert free_memory(torch.device("cpu")) == 0
