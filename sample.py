@@ -4,14 +4,17 @@ import math
 import time
 from argparse import Namespace
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+try:
+    import torch
+    from torch import Tensor
+    from tqdm import tqdm
 
-import scfg
-from scfg import cli, cpu
-from scfg.cli import parse
-from scfg.report import Record, note_lines, sheet, to_image
+    import scfg
+    from scfg import cli, cpu
+    from scfg.cli import parse
+    from scfg.report import Record, note_lines, sheet, to_image
+except KeyboardInterrupt:  # loading them takes seconds
+    raise SystemExit(130) from None
 
 
 def run(args: Namespace) -> Tensor:

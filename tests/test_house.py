@@ -21,7 +21,7 @@ WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", ROOT / "weights" / "train.py"]
 
 # What a wing may import of other wings: the command puts all together, the evaluation measures the others.
-ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "methods", "regional"}}
+ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "formats", "methods", "regional"}}
 # Where the spine hands something on to a wing, inside a function and only when it is met.
 HANDED_ON = {("checkpoint", "formats"), ("text", "formats"), ("diffusion", "formats")}
 HANDED_ON |= {("diffusion", "large"), ("diffusion", "methods"), ("checkpoint", "data"), ("diffusion", "data")}

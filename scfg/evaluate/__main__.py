@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from PIL import Image
 
 from ..cpu import keep_freed_memory
 from ..diffusion import embedded_checkpoint, load
 from ..errors import BadInput
+from ..formats.whole import whole
 from ..guidance import RULES
 from ..samplers import SAMPLERS
 from . import flatland, regions, segment
@@ -86,7 +88,7 @@ def run_flatland(args: argparse.Namespace) -> None:
     write(
         args.output / f"{name}.json", figures | {"choice": {scale: share._asdict() for scale, share in choice.items()}}
     )
-    sheet.save(args.output / f"{name}.png")
+    save(args.output / f"{name}.png", sheet)
 
 
 def run_segment(args: argparse.Namespace) -> None:
@@ -100,12 +102,18 @@ def run_regions(args: argparse.Namespace) -> None:
     result, sheet = regions.evaluate(load(device=args.device), load_judge(), args.count)
     print(regions.table(result))
     write(args.output / "regions.json", result)
-    sheet.save(args.output / "regions.png")
+    save(args.output / "regions.png", sheet)
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")
+    with whole(path, over=True) as part:
+        part.write_text(json.dumps(values, indent=1) + "\n")
     print(path)
+
+
+def save(path: Path, sheet: Image.Image) -> None:
+    with whole(path, over=True) as part:
+        sheet.save(part, "png")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..diffusion import Diffusion
 from ..flatland import UNSEEN_KINDS, Scene, compose
+from ..formats.whole import sweep, whole
 from ..guidance import named_rule
 from .judge import Judge, Verdict, verdict
 
@@ -65,6 +66,7 @@ def sampled(model: Diffusion, scenes: Sequence[Scene], settings: Settings, folde
     """
     kept = folder / f"pictures-{settings}"
     kept.mkdir(parents=True, exist_ok=True)
+    sweep(kept)
     parts = []
     for first in tqdm(range(0, len(scenes), BATCH), desc=f"{name}, scale {settings.scale:g}", leave=False):
         some = scenes[first : first + BATCH]
@@ -74,8 +76,8 @@ def sampled(model: Diffusion, scenes: Sequence[Scene], settings: Settings, folde
             rule = named_rule(settings.guidance, settings.scale, model.config)
             *_, step = model.sample(captions, rule, sampler=settings.sampler, steps=settings.steps, seeds=seeds)
             pixels = (model.decode(step.latent) * 255).round().byte().cpu().numpy()
-            np.save(path.with_suffix(".part.npy"), pixels)
-            path.with_suffix(".part.npy").replace(path)
+            with whole(path, over=True) as part, part.open("wb") as file:
+                np.save(file, pixels)
         parts.append(torch.from_numpy(np.load(path)))
     return torch.cat(parts).float() / 255
 

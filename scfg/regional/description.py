@@ -29,7 +29,7 @@ def parse_area(text: str) -> Area:
         area = reader.union()
         reader.expect(END)
     except RecursionError:
-        raise BadInput(f"{shortened(text)} is no area: its brackets are too deep") from None
+        raise BadInput(f"{shortened(text)} is no area: it is nested too deep") from None
     return area
 
 

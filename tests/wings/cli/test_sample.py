@@ -568,7 +568,7 @@ def test_wrong_use_from_the_shell(tmp_path):
         (MemoryError(), 2, "sample.py: not enough memory for this: try a smaller --size or --batch"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "sample.py: not enough memory for this"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "sample.py: not enough memory for this"),
-        (KeyboardInterrupt(), 130, "interrupted; pictures named above are whole"),
+        (KeyboardInterrupt(), 130, "interrupted. Pictures named above are whole"),
     ],
 )
 def test_what_ends_a_run_is_said_in_a_line(tmp_path, monkeypatch, capsys, raised, code, line):
