@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -130,13 +131,11 @@ def load_parts(
     A .safetensors file in the original layout that has a published family's sizes, or states its config, is read
     here, whatever else by the formats wing.
     """
-    try:
+    with suppress(BadInput):  # of which formats knows the reason
         if len(paths) == 1 and paths[0].is_file() and not (vae or tokenizer or ema):
             source = read(paths[0])
             if "modelspec.prediction_type" not in source.metadata:  # formats obeys it
                 return assemble(paths[0], source, dtype)
-    except BadInput:
-        pass
     from . import formats
 
     return assemble(paths[0], formats.read(paths, vae, tokenizer, ema), dtype)
@@ -157,8 +156,7 @@ def assemble(path: Path, source: Source, dtype: torch.dtype) -> LoadedParts:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     except Exception as error:  # absurd shapes or metadata break the building of networks anywhere
-        line = str(error).split("\n")[0]
-        raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {line})") from error
+        raise BadInput(f"{path} is no usable checkpoint ({type(error).__name__}: {error})") from error
     if complaints:
         raise BadInput(f"{path} is no whole {config.name} checkpoint: {shortened(complaints)}")
     return parts

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, SupportsFloat, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import CLIPTokenizer
@@ -184,23 +184,43 @@ def check_guidance(part: Any) -> None:
         misplaced = slot and type(value).__name__ in parts - set(slot)
         if misplaced or (slot and kind != "Guidance" and not callable(value)):
             raise BadInput(f"{where} is one of {', '.join(slot or ())}, not {shown(value)}")
-        if hints[field.name] in (int, float) and not is_number(value):
-            raise BadInput(f"{where} is a number, not {shown(value)}")
-        if get_origin(hints[field.name]) is tuple and not isinstance(value, tuple | list):
-            raise BadInput(f"{where} is a tuple, not {shown(value)}")
+        if not fits(value, hints[field.name]):
+            raise BadInput(f"{where} is {kind_of(hints[field.name])}, not {shown(value)}")
         for inner in value if isinstance(value, tuple | list) else [value]:
             check_guidance(inner)
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, SupportsFloat) and not getattr(value, "ndim", 0) and not math.isnan(value)
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value can be what a field's annotation says; numbers may be numpy's or torch's."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple and isinstance(value, tuple | list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(kinds) and all(map(fits, value, kinds))
+    if origin is tuple:
+        return False
+    if hint in (int, float):
+        return hasattr(type(value), "__float__") and not getattr(value, "ndim", 0) and not math.isnan(value)
+    return not (hint in (bool, str, type(None)) or is_dataclass(hint)) or isinstance(value, hint)
+
+
+def kind_of(hint: Any) -> str:
+    """What an annotation asks for, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(kind_of, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return {int: "a number", float: "a number", type(None): "None"}.get(hint) or f"a {getattr(hint, '__name__', hint)}"
 
 
 def check_load(device: Any, dtype: Any, prediction: Any) -> None:
     """Raise BadInput for what a model cannot be loaded on or as."""
     try:
         torch.zeros(1, device=torch.device(device)).item()  # also refuses devices that hold no numbers
-    except (RuntimeError, AssertionError, ImportError, TypeError):
+    except (RuntimeError, AssertionError, ImportError, TypeError, ValueError):
         raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
     if dtype is not None and dtype not in DTYPES:
         raise BadInput(f"dtype is one of {', '.join(map(str, DTYPES))}, not {shown(dtype)}")

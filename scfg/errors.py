@@ -10,6 +10,9 @@ from torch import Tensor
 class BadInput(ValueError):
     """The caller's input cannot be used; the message is one line that says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
 
 def whole_number(what: str, value: Any, low: int, high: int) -> int:
     """Whatever counts as a whole number, also numpy's and torch's, as an int; raises BadInput for anything else."""
@@ -43,7 +46,12 @@ def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
     return values
 
 
+def one_line(text: str, most: int = 1500) -> str:
+    """A text that may quote what strangers wrote: on one line, what cannot be printed escaped, shortened."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def shown(value: Any) -> str:
     """Whatever was given, in a few characters of one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return one_line(repr(value), 60)

@@ -6,7 +6,7 @@ x = x0 + sigma * noise; the network sees x / sqrt(sigma^2 + 1).
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, SupportsFloat, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from torch import Tensor
@@ -62,7 +62,7 @@ class Schedule:
 
     def moment(self, sigma: float) -> Moment:
         """What follows from a noise level, one for the whole batch; raises BadInput where it cannot be one."""
-        number = isinstance(sigma, SupportsFloat) and not getattr(sigma, "ndim", 0)
+        number = hasattr(type(sigma), "__float__") and not getattr(sigma, "ndim", 0)
         if not number or not 0 <= float(sigma) < math.inf:
             raise BadInput(f"sigma is one number from 0 up for the whole batch, not {shown(sigma)}")
         sigma = float(sigma)

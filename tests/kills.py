@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--steps", "4", "--batch", "2", "--resume", "--device", "cpu"]
+SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--batch", "2", "--resume", "--device", "cpu"]
 EVALUATE = [sys.executable, "-m", "scfg.evaluate", "flatland", "--scale", "2", "--steps", "2", "--device", "cpu"]
 OWN = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": ROOT, "text": True}
 
@@ -54,11 +54,14 @@ def pictures(folder: Path) -> dict[str, tuple[str, bytes]]:
     return found
 
 
-def check_sample(times: int, count: int, longest: float, rng: random.Random) -> str:
+def check_sample(times: int, count: int, longest: float, rng: random.Random, steps: int = 30) -> str:
     """Two runs of other seeds in one folder, killed and resumed, against the same two in peace."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         killed_in, peaceful = (
-            [[*SAMPLE, "--count", str(count), "--seed", str(seed), "--out", folder] for seed in (0, count)]
+            [
+                [*SAMPLE, "--steps", str(steps), "--count", str(count), "--seed", str(seed), "--out", folder]
+                for seed in (0, count)
+            ]
             for folder in (one, other)
         )
         finish(peaceful)

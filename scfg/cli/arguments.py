@@ -13,7 +13,7 @@ import torch
 
 from ..config import FAMILIES, Emphasis
 from ..data import from_dict
-from ..errors import BadInput
+from ..errors import BadInput, one_line
 from ..flatland import FLATLAND, WORDS
 from ..guidance import RULES, Guidance
 from ..methods import APG, FDG, TCFG, OptimizedScale
@@ -42,7 +42,7 @@ LARGEST_SIDE = 8192
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")  # without the usage
 
 
 def size(text: str) -> tuple[int, int]:

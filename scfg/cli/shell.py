@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from ..errors import BadInput
+from ..errors import BadInput, one_line
 
 REST = "Pictures named above are whole. The same command with --resume makes the rest."
 
@@ -20,7 +20,7 @@ def reporting_errors(program: str) -> Iterator[None]:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed ones
     for stream in (sys.stdout, sys.stderr):  # a prompt may hold letters that a terminal lacks
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # only in TextIOWrapper
-    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {one_line(str(message))}", file=sys.stderr)
     try:
         yield
         sys.stdout.flush()
@@ -29,7 +29,7 @@ def reporting_errors(program: str) -> Iterator[None]:
         print(f"{program}: nobody reads its output any more. {REST}", file=sys.stderr)
         sys.exit(2)
     except (BadInput, FloatingPointError, OSError) as error:
-        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"{program}:", one_line(str(error)), file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):

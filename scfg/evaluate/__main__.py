@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..cpu import keep_freed_memory
 from ..diffusion import embedded_checkpoint, load
-from ..errors import BadInput
+from ..errors import BadInput, one_line
 from ..formats.whole import whole
 from ..guidance import RULES
 from ..samplers import SAMPLERS
@@ -23,7 +23,7 @@ from .judge import load_judge
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")  # without the usage
 
 
 def at_least_one(text: str) -> int:

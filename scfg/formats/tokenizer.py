@@ -49,7 +49,7 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
             merges = [line.split() for line in lines[1 : 49152 - 256 - 2 + 1]]  # the file has more than CLIP uses
             return clip_tokenizer(vocabulary(merges), merges)
     except Exception as error:  # a damaged file fails in as many ways as the libraries below have parts
-        reason = str(error).split("\n")[0]
+        reason = str(error)
     raise BadInput(
         f"{path} is no tokenizer ({reason}): give a transformers folder (tokenizer.json or vocab.json and merges.txt) "
         "or the original bpe_simple_vocab_16e6.txt.gz"

@@ -8,13 +8,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import BadInput
+from ..data import check_guidance
+from ..errors import BadInput, shown
 from ..unet import Site, attention
 
 
 def check_layers(layers: tuple[str, ...]) -> None:
-    if isinstance(layers, str) or not layers:
-        raise BadInput(f"layers are names of blocks in a tuple, such as ('middle_block',), not {layers!r}")
+    if not isinstance(layers, tuple | list) or not layers or not all(isinstance(layer, str) for layer in layers):
+        raise BadInput(f"layers are names of blocks in a tuple, such as ('middle_block',), not {shown(layers)}")
 
 
 def is_perturbed(site: Site, layers: tuple[str, ...]) -> bool:
@@ -31,6 +32,7 @@ class PAG:
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
+        check_guidance(self)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
         """Identity self-attention in the layers; elsewhere the network's own attention."""
@@ -51,6 +53,7 @@ class SEG:
 
     def __post_init__(self) -> None:
         check_layers(self.layers)
+        check_guidance(self)
         if not self.sigma >= 0:
             raise BadInput(f"sigma is the width of a blur in pixels, from 0 to infinity, not {self.sigma}")
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..data import check_guidance
 from ..errors import BadInput
 
 
@@ -14,6 +15,7 @@ class Rescale:
     phi: float = 0.7
 
     def __post_init__(self) -> None:
+        check_guidance(self)
         if not 0 <= self.phi <= 1:
             raise BadInput(f"phi is a share from 0 to 1, not {self.phi}")
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
-from ..errors import BadInput
+from ..data import check_guidance
+from ..errors import BadInput, shown
 from ..schedule import Moment
 
 
@@ -16,6 +17,7 @@ class Interval:
     high: float
 
     def __post_init__(self) -> None:
+        check_guidance(self)
         if not self.low <= self.high:
             raise BadInput(f"no noise level lies above {self.low} and up to {self.high}: give the lower one first")
 
@@ -32,8 +34,9 @@ class Ramp:
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
-        if self.shape not in ("linear", "cosine"):
-            raise BadInput(f"a ramp is linear or cosine, not {self.shape!r}")
+        check_guidance(self)
+        if not isinstance(self.shape, str) or self.shape not in ("linear", "cosine"):
+            raise BadInput(f"a ramp is linear or cosine, not {shown(self.shape)}")
 
     def __call__(self, moment: Moment) -> float:
         done = moment.progress if self.shape == "linear" else (1 - cos(pi * moment.progress)) / 2

@@ -1,0 +1,68 @@
+"""A few cases of every target of tests/fuzz.py, and the cases that once failed."""
+
+from pathlib import Path
+
+import fuzz
+import pytest
+
+NAMES = sorted(
+    ["area", "ckpt", "decode and encode", "denoiser", "guidance as data", "load", "mask", "options", "picture's text"]
+    + ["prompt", "rules", "safetensors", "sample", "save", "tokenizer folder", "tokenizer gz", "vae"]
+)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory):
+    found = fuzz.targets(tmp_path_factory.mktemp("fuzz"))
+    assert sorted(found) == NAMES
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_cases_are_results_or_one_line(targets, name):
+    fuzz.fuzz(targets[name], 0, 25)
+
+
+FAILED = {
+    "an unprintable dtype in a header": ("safetensors", lambda: unprintable_header()),
+    "a line break in an option": ("options", lambda: [("--ema", ["", "\n"])]),
+    "a class as sigma": ("denoiser", lambda: (fuzz.torch.zeros(1, 4, 16, 16), int)),
+    "a class as guidance": ("sample", lambda: ("guidance", int)),
+    "a device in bytes": ("load", lambda: ("device", b"\x80")),
+    "tensors as layers": ("rules", lambda: ("PAG", [b"", fuzz.torch.ones(2)])),
+    "bytes as recipe": ("rules", lambda: ("SCFG", [fuzz.torch.ones(()), b""])),
+}
+
+
+def unprintable_header() -> bytes:
+    content = fuzz.TINY.read_bytes()
+    place = content.index(b'"F16"')
+    return content[:place] + '"\U00018cd6"'.encode()[:5] + content[place + 5 :]
+
+
+@pytest.mark.parametrize("case", FAILED)
+def test_what_once_failed_is_a_result_or_one_line(targets, case):
+    name, make = FAILED[case]
+    fuzz.attempt(targets[name], make())
+
+
+def test_what_is_wrong_is_noticed(tmp_path):
+    """That the checks of tests/fuzz.py act: errors, long or broken lines, hangs, memory, payloads."""
+
+    def raising(error: Exception):
+        def run(case: object) -> None:
+            raise error
+
+        return fuzz.Target(fuzz.st.none(), run)
+
+    broken = fuzz.scfg.BadInput("x")
+    broken.args = ("two\nlines",)
+    for error, expected in ((ValueError("x"), ValueError), (broken, AssertionError)):
+        with pytest.raises(expected):
+            fuzz.attempt(raising(error), None)
+    with pytest.raises(AssertionError, match="this took 4.. MB"):
+        fuzz.attempt(fuzz.Target(fuzz.st.none(), lambda case: fuzz.torch.ones(10**8)), None)
+    Path(tmp_path / "x").write_bytes(fuzz.pickle.dumps(fuzz.Bomb(tmp_path / "trace")))
+    fuzz.pickle.loads((tmp_path / "x").read_bytes())
+    assert (tmp_path / "trace").exists()
