@@ -204,7 +204,9 @@ def fits(value: Any, hint: Any) -> bool:
         return False
     if hint in (int, float):
         return hasattr(type(value), "__float__") and not getattr(value, "ndim", 0) and not math.isnan(value)
-    return not (hint in (bool, str, type(None)) or is_dataclass(hint)) or isinstance(value, hint)
+    if is_dataclass(hint):  # or a caller's own, which has its methods
+        return all(hasattr(value, name) for name, own in vars(hint).items() if callable(own) and name[0] != "_")
+    return hint not in (bool, str, type(None)) or isinstance(value, hint)
 
 
 def kind_of(hint: Any) -> str:
