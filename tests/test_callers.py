@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from conftest import error
 
 import scfg
 from scfg.prompting import encode
@@ -88,3 +89,16 @@ def test_float64_is_float64_throughout():
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     assert step(x, 3.0).x0.dtype == step(x, 3.0).outputs.cond.dtype == torch.float64
     assert torch.autograd.gradcheck(lambda latent: step(latent, 3.0).x0.sum(), (x,))
+
+
+def test_the_number_of_threads_changes_rounding_alone(flat):
+    """What docs/trust.md says of it."""
+    before, latents = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            *_, step = flat.sample("a red car on grass", scfg.SCFG(4.0), steps=8, seeds=[3, 4])
+            latents.append(step.latent)
+    finally:
+        torch.set_num_threads(before)
+    assert all(error(latent, latents[0]) < 1e-4 for latent in latents[1:])

@@ -188,6 +188,10 @@ def test_an_installed_wheel_makes_the_same_picture_away_from_the_source(tmp_path
         torch.save((scfg.__file__, step.latent), "made.pt")"""
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    shutil.copy(ROOT / "sample.py", tmp_path)
+    command = [sys.executable, "sample.py", "a red car on grass", "--steps", "2"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
     where, latent = torch.load(tmp_path / "made.pt")
     *_, step = flat.sample(flat.prompt("a red car on grass"), scfg.SCFG(5.0), steps=3)
     assert str(tmp_path) in where and (latent - step.latent).abs().max() < 1e-5

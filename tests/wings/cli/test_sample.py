@@ -268,6 +268,7 @@ def test_another_files_vae_decodes(tmp_path):
 READ = {  # every option: what is given, and what is read
     "negative": (["a cat"], "a cat"),
     "literal": ([], True),
+    "no-regions": ([], True),
     "resume": ([], True),
     "emphasis": (["original"], "original"),
     "guidance": (["scfg-mean"], "scfg-mean"),
@@ -313,6 +314,7 @@ DEFAULTS = {
 DEFAULTS |= {
     "region": [],
     "literal": False,
+    "no_regions": False,
     "resume": False,
     "text": [],
     "ema": False,
