@@ -1,20 +1,21 @@
 """A prompt in, a picture and its regions out: python sample.py "a red car left of a blue star on grass"."""
 
 import math
+import signal
 import time
 from argparse import Namespace
 
-try:
-    import torch
-    from torch import Tensor
-    from tqdm import tqdm
+if __name__ == "__main__":  # an interrupt while modules load ends the program in silence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    import scfg
-    from scfg import cli, cpu
-    from scfg.cli import parse
-    from scfg.report import Record, note_lines, sheet, to_image
-except KeyboardInterrupt:  # loading them takes seconds
-    raise SystemExit(130) from None
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import scfg
+from scfg import cli, cpu
+from scfg.cli import parse
+from scfg.report import Record, note_lines, sheet, to_image
 
 
 def run(args: Namespace) -> Tensor:
@@ -79,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

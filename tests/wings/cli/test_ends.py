@@ -53,4 +53,4 @@ def test_an_interrupt_while_modules_load_is_no_traceback(tmp_path, after):
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in said
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in said  # -2: a shell says 130
