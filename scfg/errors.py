@@ -49,7 +49,7 @@ def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
 def one_line(text: str, most: int = 1500) -> str:
     """A text that may quote what strangers wrote: on one line, what cannot be printed escaped, shortened."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: Any) -> str:

@@ -32,6 +32,13 @@ def rebuilt(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[
     return torch.as_strided(storage, size, stride, offset)
 
 
+def rebuilt_bytes(
+    storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], _: bool, __: Any, dtype: Any, *___: Any
+) -> Tensor:
+    """The same over a record of bytes, as types younger than such records are saved (float8)."""
+    return rebuilt(storage.view(dtype), offset, size, stride)
+
+
 # what rebuilds tensors, numbers and dicts; whatever else a file names becomes an Inert
 HARMLESS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -44,6 +51,7 @@ HARMLESS: dict[tuple[str, str], Any] = {
     ("torch", "device"): torch.device,
     ("torch._utils", "_rebuild_tensor"): rebuilt,
     ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
+    ("torch._utils", "_rebuild_tensor_v3"): rebuilt_bytes,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): lambda text, encoding: text.encode(encoding) if encoding == "latin1" else b"",
@@ -75,6 +83,10 @@ class Inert:
 
     def extend(self, values: Any) -> None:
         pass
+
+
+class Unread(Inert):
+    """What stands for tensors that are not dense numbers in memory: sparse, quantised, nested, on meta."""
 
 
 def number(dtype: Any, content: Any = None) -> Any:
@@ -113,7 +125,7 @@ class Unpickler(pickle.Unpickler):
         harmful = module.split(".")[0] in HARMFUL and not isinstance(getattr(builtins, name, None), type)
         if harmful:
             raise Code(f"{module}.{name}")
-        return Inert
+        return Unread if (module, name[:9]) == ("torch._utils", "_rebuild_") else Inert
 
 
 def check_depth(file: IO[bytes]) -> None:
@@ -229,7 +241,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise
     except Exception:  # a torn file fails in as many ways as its readers have parts
         raise BadInput(f"{path} is no whole .ckpt file: download it again") from None
-    tensors = dict(flattened(content))
+    found = dict(flattened(content))
+    if unread := [name for name, value in found.items() if isinstance(value, Unread)]:
+        raise BadInput(f"{path}: {unread[0]} is no plain tensor (sparse, quantised or on meta): save it as one")
+    tensors = {name: value.detach() for name, value in found.items()}
     if not tensors:
         raise BadInput(f"{path} is no Stable Diffusion checkpoint: it holds no tensors by name")
     return tensors
@@ -239,20 +254,20 @@ MARKERS = ("v_pred", "ztsnr")  # what says how a model was trained, also beside 
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params", "weights", "ema_state_dict")
 
 
-def flattened(content: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a dict, and of the state dict inside it, wherever the usual wrappers have it."""
+def flattened(content: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors of a dict, also the unread, and of the state dict inside it, wherever the usual wrappers have it."""
     if not isinstance(content, Mapping):
         return
     for wrapper in WRAPPERS:
         inner = content.get(wrapper)
         if isinstance(inner, Mapping) and len(list(flattened(inner))) > sum(map(is_tensor, content.values())):
             yield from flattened(inner)
-            yield from ((name, content[name].detach()) for name in MARKERS if is_tensor(content.get(name)))
+            yield from ((name, content[name]) for name in MARKERS if is_tensor(content.get(name)))
             return
     for name, value in content.items():
         if isinstance(name, str) and is_tensor(value):
-            yield name, value.detach()
+            yield name, value
 
 
 def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+    return isinstance(value, Tensor | Unread)

@@ -159,3 +159,26 @@ def test_every_cut_and_many_flips_of_a_file_are_read_or_refused(tmp_path, zipped
             assert "\n" not in str(error)
         else:
             assert all(isinstance(tensor, Tensor) for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, 2).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        torch.ones(2, device="meta"),
+    ],
+    ids=["sparse", "csr", "quantised", "meta"],
+)
+def test_tensors_that_are_not_plain_are_named(tmp_path, odd):
+    path = saved(tmp_path / "model.ckpt", {"state_dict": SOME | {"odd": odd}})
+    with pytest.raises(scfg.BadInput, match=r"model.ckpt: odd is no plain tensor"):
+        scfg.load(path)
+
+
+def test_numbers_of_eight_bits_are_read(tmp_path):
+    content = {kind: torch.arange(6.0).to(getattr(torch, kind)) for kind in ("float8_e4m3fn", "float8_e5m2")}
+    found = read_pickled(saved(tmp_path / "model.ckpt", content))
+    assert all(found[kind].dtype == content[kind].dtype for kind in content)
+    assert all(torch.equal(found[kind].float(), torch.arange(6.0)) for kind in content)
