@@ -51,8 +51,8 @@ def run(
     """
     sigmas = falling(sigmas)
     chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
-    if not callable(chosen):
-        raise BadInput(f"no sampler {sampler!r}: available are {', '.join(SAMPLERS)}, or a function such as scfg.lcm")
+    if not callable(chosen) or isinstance(chosen, type):
+        raise BadInput(f"no sampler {shown(sampler)}: available are {', '.join(SAMPLERS)}, or a function such as scfg.lcm")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
 
 

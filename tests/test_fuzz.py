@@ -29,6 +29,7 @@ FAILED = {
     "a line break in an option": ("options", lambda: [("--ema", ["", "\n"])]),
     "a class as sigma": ("denoiser", lambda: (fuzz.torch.zeros(1, 4, 16, 16), int)),
     "a class as guidance": ("sample", lambda: ("guidance", int)),
+    "a class as sampler": ("sample", lambda: ("sampler", int)),
     "a device in bytes": ("load", lambda: ("device", b"\x80")),
     "tensors as layers": ("rules", lambda: ("PAG", [b"", fuzz.torch.ones(2)])),
     "bytes as recipe": ("rules", lambda: ("SCFG", [fuzz.torch.ones(()), b""])),
