@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -394,23 +395,35 @@ def fuzz(target: Target, number: int, examples: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="in all; a target that fails is told and left out (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first round (default: %(default)s)")
     parser.add_argument("--only", nargs="*", help="names of targets (default: all)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = targets(Path(folder))
         names = args.only or list(found)
-        counts, end, number = dict.fromkeys(names, 0), time.monotonic() + 60 * args.minutes, args.seed
+        counts, failed = dict.fromkeys(names, 0), list[str]()
+        end, number = time.monotonic() + 60 * args.minutes, args.seed
         with tqdm(desc="fuzzing", unit="case") as progress:
             while time.monotonic() < end:
-                for name in names:
+                for name in [name for name in names if name not in failed]:
                     progress.set_postfix_str(name)
-                    fuzz(found[name], number, 20)
+                    try:
+                        fuzz(found[name], number, 20)
+                    except Exception:
+                        failed.append(name)
+                        tqdm.write(traceback.format_exc())
                     counts[name] += 20
                     progress.update(20)
                 number += 1
-    print(f"seeds {args.seed} to {number - 1}: {sum(counts.values())} cases, each a result or one line", counts)
+    print(f"seeds {args.seed} to {number - 1}: {sum(counts.values())} cases", counts)
+    print(f"failed: {', '.join(failed)}" if failed else "each was a result or one line")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
