@@ -26,9 +26,10 @@ def check_maps(
     if needed > free:
         shrunk = (free / needed) ** 0.25  # of a side: maps have the square of the picture's pixels
         width, height = (max(factor, int(side * shrunk) // factor * factor) for side in size)
-        what = f"the attention maps of {pictures} x {size[0]}x{size[1]} pixels take {needed / 1e9:.0f} GB"
+        many = f", {pictures} at once" if pictures > 1 else ""
+        what = f"attention maps of {size[0]}x{size[1]} pixels{many} take {needed / 1e9:.0f} GB"
         fewer = ", or make fewer pictures at once" if pictures > 1 else ""
-        raise BadInput(f"{what}, {free / 1e9:.1f} GB are free: {width}x{height} would fit{fewer}{remedy}")
+        raise BadInput(f"{what}, and {free / 1e9:.1f} GB are free: {width}x{height} would fit{fewer}{remedy}")
 
 
 def map_bytes(denoiser: Denoiser, pictures: int, size: tuple[int, int], factor: int) -> int:

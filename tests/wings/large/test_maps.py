@@ -33,7 +33,7 @@ def test_a_size_whose_maps_cannot_fit_is_refused_before_any_work(flat, monkeypat
     monkeypatch.setattr("scfg.large.maps.free_memory", lambda device: 8e9)
     with pytest.raises(scfg.BadInput, match=r"would fit, or make fewer pictures at once$") as caught:
         flat.sample(CAPTION, SCFG(4.0), size=size, seeds=[1, 2])
-    assert f"of 2 x {size[0]}x{size[1]} pixels take " in str(caught.value) and "\n" not in str(caught.value)
+    assert f"of {size[0]}x{size[1]} pixels, 2 at once take " in str(caught.value) and "\n" not in str(caught.value)
     flat.sample(CAPTION, CFG(4.0), size=size, seeds=[1, 2])  # reads none
 
 
