@@ -52,7 +52,7 @@ def run(
     sigmas = falling(sigmas)
     chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
     if not callable(chosen) or isinstance(chosen, type):
-        raise BadInput(f"no sampler {shown(sampler)}: available are {', '.join(SAMPLERS)}, or a function such as scfg.lcm")
+        raise BadInput(f"no sampler {shown(sampler)}: give {', '.join(SAMPLERS)} or a function such as scfg.lcm")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
 
 
