@@ -14,7 +14,7 @@ from PIL import Image
 from ..cpu import keep_freed_memory
 from ..diffusion import embedded_checkpoint, load
 from ..errors import BadInput, one_line
-from ..formats.whole import whole
+from ..formats.whole import sweep, whole
 from ..guidance import RULES
 from ..samplers import SAMPLERS
 from . import flatland, regions, segment
@@ -121,6 +121,7 @@ def main() -> None:
     keep_freed_memory()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
+        sweep(args.output)
         {"flatland": run_flatland, "segment": run_segment, "regions": run_regions}[args.kind](args)
     except (BadInput, FloatingPointError, OSError) as error:
         Parser(prog="python -m scfg.evaluate").error(str(error))
