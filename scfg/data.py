@@ -202,6 +202,8 @@ def fits(value: Any, hint: Any) -> bool:
         return len(value) == len(kinds) and all(map(fits, value, kinds))
     if origin is tuple:
         return False
+    if hint in (int, float) and isinstance(value, int):
+        return abs(value) < 2**63  # torch's largest
     if hint in (int, float):
         return hasattr(type(value), "__float__") and not getattr(value, "ndim", 0) and not math.isnan(value)
     if is_dataclass(hint):  # or a caller's own, which has its methods

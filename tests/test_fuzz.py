@@ -33,6 +33,7 @@ FAILED = {
     "a class as sampler": ("sample", lambda: ("sampler", int)),
     "a device in bytes": ("load", lambda: ("device", b"\x80")),
     "tensors as layers": ("rules", lambda: ("PAG", [b"", fuzz.torch.ones(2)])),
+    "a scale beyond 64 bits": ("rules", lambda: ("CFG", [-(2**63) - 1])),
     "bytes as recipe": ("rules", lambda: ("SCFG", [fuzz.torch.ones(()), b""])),
 }
 
