@@ -40,8 +40,15 @@ FAILED = {
 
 def unprintable_header() -> bytes:
     content = fuzz.TINY.read_bytes()
-    place = content.index(b'"F16"')
-    return content[:place] + '"\U00018cd6"'.encode()[:5] + content[place + 5 :]
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].replace(b'"F16"', '"\U00018cd6"'.encode(), 1)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def test_what_cannot_be_printed_is_escaped_in_messages(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(unprintable_header())
+    with pytest.raises(fuzz.scfg.BadInput, match=r"unknown variant `\\U00018cd6`"):
+        fuzz.scfg.load(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("case", FAILED)
@@ -50,8 +57,8 @@ def test_what_once_failed_is_a_result_or_one_line(targets, case):
     fuzz.attempt(targets[name], make())
 
 
-def test_what_is_wrong_is_noticed(tmp_path):
-    """That the checks of tests/fuzz.py act: errors, long or broken lines, hangs, memory, payloads."""
+def test_what_is_wrong_is_noticed(tmp_path, monkeypatch):
+    """That the checks of tests/fuzz.py act: errors, long or broken lines, hangs, memory; and that the payload would leave a trace."""
 
     def raising(error: Exception):
         def run(case: object) -> None:
@@ -64,6 +71,9 @@ def test_what_is_wrong_is_noticed(tmp_path):
     for error, expected in ((ValueError("x"), ValueError), (broken, AssertionError)):
         with pytest.raises(expected):
             fuzz.attempt(raising(error), None)
+    monkeypatch.setattr(fuzz, "HANG", 1)
+    with pytest.raises(AssertionError, match="this took over 1 s"):
+        fuzz.attempt(fuzz.Target(fuzz.st.none(), lambda case: fuzz.time.sleep(5)), None)
     with mmap.mmap(-1, 4 * 10**8) as fresh, pytest.raises(AssertionError, match="this took (39|40). MB"):
         fuzz.attempt(fuzz.Target(fuzz.st.none(), lambda case: [fresh.write(b"x" * 10**6) for _ in range(400)]), None)
     Path(tmp_path / "x").write_bytes(fuzz.pickle.dumps(fuzz.Bomb(tmp_path / "trace")))

@@ -25,7 +25,8 @@ def check_maps(
     needed, free = map_bytes(denoiser, pictures, size, factor), free_memory(device)
     if needed > free:
         shrunk = (free / needed) ** 0.25  # of a side: maps have the square of the picture's pixels
-        width, height = (max(factor, int(side * shrunk) // factor * factor) for side in size)
+        step = factor * denoiser.map_divisor  # multiples of it leave no rest, which would be one more pixel
+        width, height = (max(step, int(side * shrunk) // step * step) for side in size)
         many = f", {pictures} at once" if pictures > 1 else ""
         what = f"attention maps of {size[0]}x{size[1]} pixels{many} take {needed / 1e9:.0f} GB"
         fewer = ", or make fewer pictures at once" if pictures > 1 else ""

@@ -1,6 +1,7 @@
 """Attention maps that cannot fit into memory."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,19 @@ def test_the_size_that_is_named_fits_and_the_next_does_not(flat, monkeypatch):
         check_maps(denoiser, flat.device, 1, (800, 800), factor)
     with pytest.raises(scfg.BadInput, match="fit, or ask$"):
         check_maps(denoiser, flat.device, 1, (400 + factor, 400), factor, ", or ask")
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4])
+@pytest.mark.parametrize("size", [(404, 404), (1000, 204), (2000, 64)])
+def test_the_size_that_is_named_fits_whatever_the_grid(flat, monkeypatch, divisor, size):
+    denoiser, factor = replace(flat.denoiser(CAPTION, SCFG(4.0)), map_divisor=divisor), flat.config.vae.factor
+    needed = map_bytes(denoiser, 1, size, factor)
+    for share in (0.2, 0.5, 0.9):
+        monkeypatch.setattr("scfg.large.maps.free_memory", lambda device, free=share * needed: free)
+        with pytest.raises(scfg.BadInput, match="would fit$") as caught:
+            check_maps(denoiser, flat.device, 1, size, factor)
+        named = str(caught.value).split(": ")[1].split()[0].split("x")
+        check_maps(denoiser, flat.device, 1, (int(named[0]), int(named[1])), factor)
 
 
 def test_free_memory_is_at_most_a_containers_and_unknown_elsewhere(tmp_path, monkeypatch):
