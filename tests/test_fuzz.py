@@ -58,7 +58,7 @@ def test_what_once_failed_is_a_result_or_one_line(targets, case):
 
 
 def test_what_is_wrong_is_noticed(tmp_path, monkeypatch):
-    """That the checks of tests/fuzz.py act: errors, long or broken lines, hangs, memory; and that the payload would leave a trace."""
+    """The checks of tests/fuzz.py act: errors, broken lines, hangs, memory; and a payload would leave its trace."""
 
     def raising(error: Exception):
         def run(case: object) -> None:
