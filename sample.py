@@ -32,7 +32,8 @@ def run(args: Namespace) -> Tensor:
         for first in range(args.seed, args.seed + args.count, args.batch):
             seeds = range(first, min(first + args.batch, args.seed + args.count))
             texts = [cli.parameters(args, model, seeds, i) for i in range(len(seeds))]
-            if made.issuperset(texts):
+            lacking = [i for i, text in enumerate(texts) if cli.without_batch(text) not in made]
+            if not lacking:
                 progress.update(len(seeds) * args.steps)
                 continue
             started = time.perf_counter()
@@ -42,15 +43,16 @@ def run(args: Namespace) -> Tensor:
                 record.add(step)
                 progress.update(len(seeds))
             sampled = time.perf_counter()
-            for i, text in enumerate(texts):
-                if text not in made:
-                    write(model, job.prompt.chunk, args, seeds[i], text, step.latent, record, i)
+            for i in lacking:
+                write(model, job.prompt.chunk, args, seeds[i], texts[i], step.latent, record, i)
             times[2] += sampled - started
             times[3] += time.perf_counter() - sampled
             latents.append(step.latent)
             flags.append((seeds, record.flags))
     for line in note_lines(flags, args.steps):
         print(line)
+    if not latents:
+        print(f"nothing to make: {args.out} holds every picture of this command")
     print(f"load {times[1] - times[0]:.1f} s, sampling {times[2]:.1f} s, decoding and writing {times[3]:.1f} s")
     return torch.cat(latents) if latents else torch.empty(0, *model.latent_shape(args.size))
 

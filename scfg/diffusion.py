@@ -16,10 +16,10 @@ from torch import Tensor
 from .checkpoint import load_parts
 from .config import Config, predicting
 from .denoise import Denoised, Denoiser
-from .errors import BadInput, listed, pictures_or_latents, shown, whole_number
+from .errors import BadInput, listed, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
-from .schedule import Prediction, Spacing
+from .schedule import HIGHEST, Prediction, Spacing
 from .segment import OFFICIAL, Recipe
 from .text import Prompt, PromptLike, Text, Texts, paired_texts, prompt_of
 from .unet import Capture, UNet, exact
@@ -62,13 +62,15 @@ def falling(sigmas: Sequence[float]) -> list[float]:
         levels = [float(sigma) for sigma in sigmas]
     except (TypeError, ValueError):
         levels = []
-    if len(levels) < 2 or any(not a > b for a, b in pairwise(levels)) or not 0 <= levels[-1] < levels[0] < math.inf:
-        raise BadInput("sigmas must be finite, strictly decreasing and at least 0; give two or more")
+    if len(levels) < 2 or any(not a > b for a, b in pairwise(levels)) or not 0 <= levels[-1] < levels[0] < HIGHEST:
+        raise BadInput("sigmas must be strictly decreasing, below 1e38 and at least 0; give two or more")
     return levels
 
 
 def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None, None]:
     count, sent, finite = len(sigmas) - 1, None, []
+    if not hasattr(steps, "send"):
+        raise BadInput(f"a sampler is a generator of steps, such as scfg.samplers.ddim; it gave {shown(steps)}")
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         with torch.no_grad():  # never across a yield: it would leak into the caller's loop
             x, denoised = steps.send(sent)
@@ -78,8 +80,9 @@ def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None
                 what = f"the latent is not finite after step {k + 1} of {count}"
                 raise FloatingPointError(f"{what}: try float32, lower prompt weights or another file")
         sent = yield Step(i, count, sigma, target, x, x / math.sqrt(target**2 + 1), denoised)
-        if sent is not None and sent.shape != x.shape:
-            raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {tuple(sent.shape)}")
+        if sent is not None and getattr(sent, "shape", None) != x.shape:
+            found = tuple(sent.shape) if isinstance(sent, Tensor) else shown(sent)
+            raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {found}")
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ class Diffusion:
         family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
         to return in Denoised.maps.
         """
-        from .data import check_guidance
+        from .data import check_guidance, check_readers
 
+        check_readers(segment, capture)
         prompt = self.encoded(prompt)
         usual = "cfg" if self.config.unet.guidance_dim else "scfg"
         guidance = named_rule(usual, self.config.scale, self.config) if guidance is None else guidance
@@ -207,14 +211,14 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        from .data import seeds_of
+        from .data import pictures_or_latents, seeds_of, size_of
 
         prompt = self.encoded(prompt)
         if latent is not None:
             latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
         seeds = seeds_of(seeds, prompt.pictures if latent is None else len(latent), latent is not None)
         if latent is not None:
-            size = latent.shape[-1] * self.config.vae.factor, latent.shape[-2] * self.config.vae.factor
+            size = size_of(latent, size, self.config.vae.factor)
         elif self.config.aesthetic_scores:
             what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
             warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
@@ -248,6 +252,8 @@ class Diffusion:
 
         As many at once as fit into WHOLE latent pixels; larger ones in bands, which takes less memory.
         """
+        from .data import pictures_or_latents
+
         latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
         if not latent.isfinite().all():
             raise FloatingPointError("the latent is not finite, so that there is no picture")
@@ -273,7 +279,9 @@ class Diffusion:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [0, 1], sides multiples of the VAE's factor -> the mean latent (b c h w)."""
-        image = pictures_or_latents("pictures, with values from 0 to 1", image, 3)
+        from .data import pictures_of
+
+        image = pictures_of(image)
         self.latent_shape((image.shape[3], image.shape[2]))
         image = (image * 2 - 1).to(self.device, self.vae.quant_conv.weight.dtype)
         with exact(self.device):

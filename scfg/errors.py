@@ -3,9 +3,6 @@
 import operator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 
 class BadInput(ValueError):
     """The caller's input cannot be used; the message is one line that says what to do."""
@@ -31,19 +28,6 @@ def listed(what: str, values: Any) -> list[Any]:
         return list(values)
     except TypeError:
         raise BadInput(f"{what}: give several numbers, not {shown(values)}") from None
-
-
-def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
-    """Numbers (b channels h w), also numpy's, as a tensor; raises BadInput for anything else."""
-    try:
-        values = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise BadInput(f"{what}: give numbers (b {channels} h w), not {shown(value)}") from None
-    dense = values.layout == torch.strided and values.device.type != "meta"
-    if values.ndim != 4 or values.shape[1] != channels or not (values.numel() and values.is_floating_point() and dense):
-        found = f"{tuple(values.shape)} of {values.dtype}"
-        raise BadInput(f"{what}: give floating numbers (b {channels} h w), not {found}")
-    return values
 
 
 def one_line(text: str, most: int = 1500) -> str:

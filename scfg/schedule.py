@@ -3,7 +3,6 @@
 x = x0 + sigma * noise; the network sees x / sqrt(sigma^2 + 1).
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -15,6 +14,7 @@ from .errors import BadInput, shown, whole_number
 
 Spacing = Literal["leading", "linspace", "trailing", "karras", "lcm"]
 Prediction = Literal["eps", "v"]
+HIGHEST = 1e38  # sigmas lie below: latents are float32
 DISTILLED = 50  # the timesteps that an LCM was distilled on (2310.04378)
 
 
@@ -63,8 +63,8 @@ class Schedule:
     def moment(self, sigma: float) -> Moment:
         """What follows from a noise level, one for the whole batch; raises BadInput where it cannot be one."""
         number = hasattr(type(sigma), "__float__") and not getattr(sigma, "ndim", 0)
-        if not number or not 0 <= float(sigma) < math.inf:
-            raise BadInput(f"sigma is one number from 0 up for the whole batch, not {shown(sigma)}")
+        if not number or not 0 <= float(sigma) < HIGHEST:
+            raise BadInput(f"sigma is one number from 0 to 1e38 for the whole batch, not {shown(sigma)}")
         sigma = float(sigma)
         t, a = self.time(sigma), 1 / (sigma**2 + 1)
         dx0_dx, dx0_dout = (1.0, -sigma) if self.prediction == "eps" else (a, -sigma * a**0.5)  # v: 2202.00512, app. D

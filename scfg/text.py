@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .config import CLIP_L, Config, TextConfig
-from .errors import BadInput, shown, whole_number
+from .errors import BadInput, whole_number
 from .guidance import Row
 from .schedule import Moment
 from .segment import Tokens, Word
@@ -51,10 +51,9 @@ class Prompt:
 
     def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "Conditioner":
         """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
-        if config.unet.vector_dim and not self.pooled:
-            raise BadInput(f"{config.name} takes the pooled text too: give Prompt(context=..., pooled=...)")
-        if not {"uncond", "cond"} <= set(self.context):
-            raise BadInput(f"a prompt's context has uncond and cond, not {', '.join(self.context) or 'nothing'}")
+        from .data import check_context
+
+        check_context(self.context, self.pooled, config)
         longest = max(states.shape[1] for states in self.context.values())
         tokens, weight, filled = {}, {}, False
         for text, states in self.context.items():
@@ -136,10 +135,11 @@ def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
 
 def paired_texts(text: Texts, negative: Texts | None, config: Config) -> tuple[list[str], list[str] | None]:
     """The texts of all pictures and their negatives; None stands for zeros in place of encoded negatives."""
-    if isinstance(text, bytes) or not isinstance(text, Sequence) or not all(isinstance(one, str) for one in text):
-        raise BadInput(f"a prompt is a text or a list of texts, not {shown(text)}")
-    if not (negative is None or isinstance(negative, Sequence) and all(isinstance(one, str) for one in negative)):
-        raise BadInput(f"a negative prompt is a text or a list of texts, not {shown(negative)}")
+    from .data import check_texts
+
+    check_texts("a prompt", text)
+    if negative is not None:
+        check_texts("a negative prompt", negative)
     texts = [text] if isinstance(text, str) else list(text)
     if negative is None and not config.zero_negative:
         negative = ""

@@ -406,7 +406,7 @@ def main() -> None:
         counts, failed = dict.fromkeys(names, 0), list[str]()
         end, number = time.monotonic() + 60 * args.minutes, args.seed
         with tqdm(desc="fuzzing", unit="case") as progress:
-            while time.monotonic() < end:
+            while time.monotonic() < end and len(failed) < len(names):
                 for name in [name for name in names if name not in failed]:
                     progress.set_postfix_str(name)
                     try:

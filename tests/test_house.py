@@ -23,7 +23,7 @@ OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", ROOT / "weights" / "
 # What a wing may import of other wings: the command puts all together, the evaluation measures the others.
 ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "formats", "methods", "regional"}}
 # Where the spine hands something on to a wing, inside a function and only when it is met.
-HANDED_ON = {("checkpoint", "formats"), ("text", "formats"), ("diffusion", "formats")}
+HANDED_ON = {("checkpoint", "formats"), ("text", "formats"), ("text", "data"), ("diffusion", "formats")}
 HANDED_ON |= {("diffusion", "large"), ("diffusion", "methods"), ("checkpoint", "data"), ("diffusion", "data")}
 
 

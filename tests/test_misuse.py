@@ -21,7 +21,7 @@ WRONG = {  # argument -> values that it cannot have
     "sampler": ["x", None, 3],
     "size": [64, (64,), (64, 64, 64), (64.0, 64), "64x64", (0, 64), (-8, 64), (65, 64), (17, 15), NAN],
     "seeds": [2**64, -1, 1.5, "x", [1.5], [], None, np.float64(1.5), [[1]]],
-    "sigmas": [[5.0, "x"], [5, 3, 4], [], [1.0], [float("inf"), 0], [NAN, 0], [5, -1], "ab", 3],
+    "sigmas": [[5.0, "x"], [5, 3, 4], [], [1.0], [float("inf"), 0], [NAN, 0], [5, -1], "ab", 3, [1e154, 0], [1e38, 1]],
     "latent": [X[:, :3], X[0], X[..., :0], X.long(), "x", X[:0], X.to("meta"), X.to_sparse(), [[1.0]], object()],
 }
 LOADED = {
@@ -43,6 +43,7 @@ CALLS = {
     "denoiser, numpy": lambda model: model.denoiser(TEXT)(X.numpy(), 5.0),
     "denoiser, whole numbers": lambda model: model.denoiser(TEXT)(X.long(), 5.0),
     **{f"sigma {s!r}": lambda model, s=s: model.denoiser(TEXT)(X, s) for s in (None, "x", -1.0, NAN, [5.0])},
+    "sigma beyond float32": lambda model: model.denoiser(TEXT)(X, 1e154),
     "sigma of each": lambda model: model.denoiser(TEXT)(X, torch.ones(1)),
     "run without sigmas": lambda model: scfg.run(model.denoiser(TEXT), "euler", X, None, None),
     "run without x": lambda model: list(scfg.run(model.denoiser(TEXT), "euler", None, [5.0, 0.0], None)),
@@ -54,6 +55,26 @@ CALLS = {
     **{f"decode {i}": lambda model, z=z: model.decode(z) for i, z in enumerate(
         [X[0], X[:, :3], X.long(), "x", X[..., :0], X[:0], None]
     )},
+    "encode 8 bits": lambda model: model.encode(255 * PICTURE + 2),
+    "encode no numbers": lambda model: model.encode(PICTURE * NAN),
+    "a lone surrogate": lambda model: model.prompt("a \ud800 car"),
+    "emphasis as the WebUI spells it": lambda model: encode(model, TEXT, emphasis="No norm"),
+    "steps of a prompt": lambda model: encode(model, "[a:b:0.5]", sigmas=3),
+    "rising steps of a prompt": lambda model: encode(model, "[a:b:0.5]", sigmas=[0, 1, 2]),
+    "a sampler of one value": lambda model: list(model.sample(TEXT, sampler=lambda *given: 1)),
+    "a size beside a latent": lambda model: list(model.sample(TEXT, latent=X, size=(128, 128))),
+    "sent back": lambda model: (steps := model.sample(TEXT, steps=2), next(steps), steps.send("x")),
+    "a region's start": lambda model: Region("red car", scale=5, start="0"),
+    "a part's base": lambda model: scfg.Part("red car", model.prompt(TEXT), "x"),
+    "one part": lambda model: scfg.RegionalPrompt(model.prompt(TEXT), scfg.Part("car", model.prompt(TEXT))),
+    "contexts of another width": lambda model: model.denoiser(
+        scfg.Prompt({"uncond": torch.ones(1, 16, 9), "cond": torch.ones(1, 16, 9)})
+    ),
+    "contexts of numpy": lambda model: model.denoiser(
+        scfg.Prompt({"uncond": np.ones((1, 16, 128)), "cond": np.ones((1, 16, 128))})
+    ),
+    "capture": lambda model: model.denoiser(TEXT, capture="all"),
+    "segment": lambda model: model.denoiser(TEXT, segment="paper"),
     "save elsewhere": lambda model: scfg.save(model, "/nowhere/x.safetensors"),
     "save to a number": lambda model: scfg.save(model, 3),
     "save a text": lambda model: scfg.save("x", "x.safetensors"),

@@ -232,7 +232,7 @@ def add_run(parser: Parser) -> None:
         "--batch",
         type=number(int, 1, 1000),
         default=4,
-        help="pictures made at once; they depend on their seeds alone (default: %(default)s)",
+        help="pictures made at once, which changes no more than their last bits (default: %(default)s)",
     )
     add("--out", type=Path, default=Path("out"), help="folder for the pictures (default: %(default)s)")
     add(
@@ -290,7 +290,7 @@ def check(parser: Parser, args: argparse.Namespace, rest: list[str]) -> None:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.resume and args.seed == -1:
-        parser.error("--resume goes on with a seed that was said: give it in place of -1")
+        parser.error("--resume needs the seed of the run that it goes on with, not -1")
     if args.refiner_from is not None and not args.refiner:
         parser.error("--refiner-from says when a refiner takes over: give its file with --refiner")
     if args.interval and args.interval[0] >= args.interval[1]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -82,13 +83,18 @@ def save_png(image: Image.Image, path: Path, text: str) -> None:
     image.save(path, "png", pnginfo=info)
 
 
+def without_batch(text: str) -> str:
+    """A picture's text without its place in a batch, which changes no more than the last bits of a picture."""
+    return re.sub(r", Batch size: \d+, Batch pos: \d+$", "", text)
+
+
 def texts_of(folder: Path) -> set[str]:
-    """The texts of the pictures in a folder, by which a run knows what it made before."""
+    """The texts of the pictures in a folder, without their batches, by which a run knows what it made before."""
     found = set()
     for path in folder.glob("*-*.png"):
         if not path.stem.endswith("-regions"):
             with suppress(BadInput), opened(path) as image:
-                found.add(image.info.get("parameters", ""))
+                found.add(without_batch(image.info.get("parameters", "")))
     return found
 
 

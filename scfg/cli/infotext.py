@@ -92,7 +92,11 @@ def options(facts: Mapping[str, str]) -> list[str]:
     words += [f"--emphasis={emphasis}"] if emphasis in get_args(Emphasis) else []
     named = {name.lower(): sampler for sampler, name in SAMPLER_NAMES.items()}
     if "Sampler" in facts:
-        words.append(f"--sampler={named.get(facts['Sampler'].lower(), facts['Sampler'])}")
+        sampler = facts["Sampler"].lower()
+        if sampler.endswith(" karras"):  # the WebUI's way before it told schedules apart
+            sampler = sampler.removesuffix(" karras")
+            words.append("--spacing=karras")
+        words.append(f"--sampler={named.get(sampler, facts['Sampler'])}")
     if facts.get("Schedule type", "").lower() in get_args(Spacing):
         words.append(f"--spacing={facts['Schedule type'].lower()}")
     if "Guidance" in facts:

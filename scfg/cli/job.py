@@ -19,7 +19,7 @@ from ..diffusion import load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
 from ..formats import check_prediction, with_zero_terminal_snr
-from ..guidance import CFG, RULES, SCFG, Guidance, Rule, named_rule
+from ..guidance import CFG, RULES, SCFG, Guidance, Perturb, Rule, named_rule
 from ..large import check_maps
 from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp, lcm
 from ..prompting import ComposedPrompt, encode
@@ -94,12 +94,19 @@ def guidance_of(args: argparse.Namespace, model: Diffusion) -> Guidance:
     if regions and isinstance(scale, ByRegion):
         regions, scale = (*scale.regions, *regions), scale.base
     return Guidance(
-        perturb=PAG(args.pag) if args.pag else SEG(args.seg) if args.seg else own.perturb,
+        perturb=perturb_of(args, own),
         direction=DIRECTIONS.get(args.direction, own.direction),
         scale=ByRegion(scale, regions) if regions else scale,
-        rescale=Rescale(args.rescale) if args.rescale else own.rescale,
+        rescale=own.rescale if args.rescale is None else Rescale(args.rescale) if args.rescale else None,
         when=Interval(*args.interval) if args.interval else Ramp(shape=args.ramp) if args.ramp else own.when,
     )
+
+
+def perturb_of(args: argparse.Namespace, own: Guidance) -> Perturb | None:
+    """An option fills the slot, or with 0 empties it."""
+    if args.pag is None and args.seg is None:
+        return own.perturb
+    return PAG(args.pag) if args.pag else SEG(args.seg) if args.seg else None
 
 
 def scaled(rule: Rule, scale: float) -> Rule:
@@ -162,6 +169,8 @@ def watched(model: Diffusion, denoiser: Denoiser, args: argparse.Namespace, show
 def unusual(args: argparse.Namespace, model: Diffusion, guidance: Guidance) -> list[str]:
     """What is hardly meant."""
     found = []
+    if args.offload and model.device.type == "cpu":
+        found.append("--offload does nothing on a CPU, where all parts are in one memory")
     if model.config.aesthetic_scores and not args.refiner:
         what = f"the {model.config.name} finishes what SDXL began and is poor at starting from noise"
         found.append(f"{what}: give it as --refiner, beside an SDXL --checkpoint")

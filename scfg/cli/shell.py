@@ -21,6 +21,7 @@ def reporting_errors(program: str) -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):  # a prompt may hold letters that a terminal lacks
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # only in TextIOWrapper
     warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {one_line(str(message))}", file=sys.stderr)
+    warnings.filterwarnings("default", category=UserWarning)  # none is an error, whatever the environment says
     try:
         yield
         sys.stdout.flush()

@@ -11,9 +11,7 @@ from .pickled import read_pickled
 
 KINDS = (  # how files begin that are no checkpoint -> what they are and what to do
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run git lfs pull, or download the file"),
-    (b"<!doctype", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
-    (b"<html", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
-    (b"<?xml", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
+    (b"<", "is a web page, not a checkpoint: download the file itself, signed in if its host asks for it"),
     (b"gguf", "is a GGUF file, whose weights are quantised: give the .safetensors file that it was made from"),
     (b"\x89png", "is a picture, not a checkpoint"),
     (b"\xff\xd8\xff", "is a picture"),
@@ -22,6 +20,7 @@ KINDS = (  # how files begin that are no checkpoint -> what they are and what to
     (b"\x1f\x8b", "is a gzip archive: unpack it first"),
     (b"{", "is a JSON file: give the file of weights that it belongs to"),
 )
+LONGEST = 2**40  # bytes of a header, beyond which its length is text
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -29,7 +28,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     check_exists(path)
     with path.open("rb") as file:
         begin = file.read(64)
-    if begin[8:9] == b"{":
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < LONGEST:
         if os.fsencode(path) != str(path).encode(errors="replace"):
             raise BadInput(f"{str(path)!r} has a name that is no text, which no .safetensors file can have: rename it")
         source = checkpoint.read(path)

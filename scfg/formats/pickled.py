@@ -25,16 +25,16 @@ DEEPEST = 100  # values within values
 FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # what they fill is no deeper for it
 
 
-def rebuilt(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Tensor:
-    """A tensor over a record; one that repeats its numbers would be larger in memory than in the file."""
+def rebuilt(storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], *_: Any) -> Any:
+    """A tensor over a record; one that repeats its numbers, which would be larger than in the file, is not read."""
     if math.prod(size) > len(storage):
-        raise ValueError("a tensor has more numbers than its record")
+        return Unread()
     return torch.as_strided(storage, size, stride, offset)
 
 
 def rebuilt_bytes(
     storage: Tensor, offset: int, size: Sequence[int], stride: Sequence[int], _: bool, __: Any, dtype: Any, *___: Any
-) -> Tensor:
+) -> Any:
     """The same over a record of bytes, as types younger than such records are saved (float8)."""
     return rebuilt(storage.view(dtype), offset, size, stride)
 
@@ -86,7 +86,7 @@ class Inert:
 
 
 class Unread(Inert):
-    """What stands for tensors that are not dense numbers in memory: sparse, quantised, nested, on meta."""
+    """What stands for tensors that are not dense numbers in memory: sparse, quantised, nested, repeated, on meta."""
 
 
 def number(dtype: Any, content: Any = None) -> Any:
@@ -189,6 +189,11 @@ def read_archive(path: Path, file: IO[bytes]) -> Any:
     with zipfile.ZipFile(file) as archive:
         if sum(info.file_size for info in archive.infolist()) > INFLATED * path.stat().st_size:
             raise BadInput(f"{path} unpacks to over {INFLATED} times its size, as no weights do: it is not read")
+        names = {name.split("/")[-1]: name for name in archive.namelist()}
+        if "data.pkl" not in names:
+            raise BadInput(f"{path} is a zip archive, not a checkpoint: unpack it first")
+        if "byteorder" in names and archive.read(names["byteorder"]) == b"big":
+            raise BadInput(f"{path} has the order of bytes of another kind of machine: save it as .safetensors there")
         return Archive(archive, file).load()
 
 
@@ -243,7 +248,9 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} is no whole .ckpt file: download it again") from None
     found = dict(flattened(content))
     if unread := [name for name, value in found.items() if isinstance(value, Unread)]:
-        raise BadInput(f"{path}: {unread[0]} is no plain tensor (sparse, quantised or on meta): save it as one")
+        raise BadInput(
+            f"{path}: {unread[0]} is no plain tensor (sparse, quantised, repeated or on meta): save it as one"
+        )
     tensors = {name: value.detach() for name, value in found.items()}
     if not tensors:
         raise BadInput(f"{path} is no Stable Diffusion checkpoint: it holds no tensors by name")
@@ -251,7 +258,17 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 MARKERS = ("v_pred", "ztsnr")  # what says how a model was trained, also beside the wrapper
-WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params", "weights", "ema_state_dict")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "model",
+    "params",
+    "weights",
+    "checkpoint",
+    "net",
+    "ema_state_dict",
+)
 
 
 def flattened(content: Any) -> Iterator[tuple[str, Any]]:

@@ -3,12 +3,13 @@
 import re
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from ..config import Emphasis
-from ..diffusion import Diffusion
-from ..errors import BadInput
+from ..diffusion import Diffusion, falling
+from ..errors import BadInput, shown
 from ..text import Encoded, Prompt, Texts, paired_texts, prompt_of
 from .chunks import Reader
 from .composed import ComposedPrompt, joined, with_words_of
@@ -32,6 +33,9 @@ def encode(
     family's way. literal: texts are taken as they are. Warns of what is written but cannot act.
     """
     texts, negatives = paired_texts(text, negative, model.config)
+    if emphasis not in (None, *get_args(Emphasis)):
+        raise BadInput(f"emphasis is {' or '.join(get_args(Emphasis))}, not {shown(emphasis)}")
+    sigmas = None if sigmas is None else falling(sigmas)
     reader = Reader(model.towers(), model.device, emphasis or model.config.emphasis, layer_from_end, literal)
     if literal:
         return prompt_of(reader.encode(texts), reader.encode(negatives) if negatives else None, reader.text.length)

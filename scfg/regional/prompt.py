@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import BadInput
+from ..data import fits
+from ..errors import BadInput, shown
 from ..guidance import COND, Row
 from ..schedule import Moment
 from ..segment import Tokens, Word
@@ -31,6 +32,9 @@ class Part:
         object.__setattr__(self, "area", area_of(self.area))
         if isinstance(self.prompt, str):
             raise BadInput(f"a part's prompt is encoded: give model.prompt({self.prompt!r})")
+        for name in ("base", "start", "end"):
+            if not fits(getattr(self, name), float):
+                raise BadInput(f"a part's {name} is a number, not {shown(getattr(self, name))}")
         if not 0 <= self.base <= 1:
             raise BadInput(f"base is a share from 0 to 1, not {self.base}")
 
@@ -45,6 +49,8 @@ class RegionalPrompt:
     def __post_init__(self) -> None:
         if isinstance(self.whole, str):
             raise BadInput(f"the whole prompt is encoded: give model.prompt({self.whole!r})")
+        if not isinstance(self.parts, tuple | list) or not all(isinstance(part, Part) for part in self.parts):
+            raise BadInput(f"parts are Part(area, prompt) in a tuple, not {shown(self.parts)}")
 
     @property
     def words(self) -> tuple[tuple[Word, ...], ...]:

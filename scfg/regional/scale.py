@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data import check_guidance
 from ..errors import BadInput
 from ..guidance import Outputs, Rule
 from ..schedule import Moment
@@ -24,6 +25,7 @@ class Region:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "area", area_of(self.area))
+        check_guidance(self)
         if not 0 <= self.start <= self.end <= 1:
             raise BadInput(f"a region acts from start to end, shares of the run, not from {self.start} to {self.end}")
 

@@ -15,7 +15,7 @@ from test_sample import ROOT, facts, made
 
 import sample
 import scfg
-from scfg.cli.infotext import read, write
+from scfg.cli.infotext import options, read, write
 
 A1111 = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # that program's own
 PIECES = [
@@ -119,6 +119,22 @@ def test_another_program_s_picture_gives_what_it_says(tmp_path):
     assert (args.prompt, args.negative, args.guidance, args.scale) == ("a red car on grass", "a cat", "cfg", 3.5)
     assert (args.steps, args.sampler, args.spacing, args.seed, args.size) == (3, "dpmpp_2m", "karras", 42, (72, 64))
     assert (args.count, args.batch) == (1, 1)
+
+
+def test_a_sampler_and_its_schedule_in_one_name_are_both_read():
+    """As the WebUI wrote them before it told schedules apart."""
+    assert options({"Sampler": "DPM++ 2M Karras"})[:2] == ["--spacing=karras", "--sampler=dpmpp_2m"]
+    assert options({"Sampler": "Euler a"})[:1] == ["--sampler=euler_ancestral"]
+
+
+@pytest.mark.slow
+def test_an_option_of_zero_switches_off_what_the_picture_has(tmp_path):
+    common = ("--steps", "2", "--guidance", "cfg")
+    made(tmp_path, *common, "--pag", "2", "--rescale", "0.7")
+    picture = str(tmp_path / "00000-0.png")
+    plain = made(tmp_path, *common)
+    assert error(made(tmp_path, "--from", picture), plain) > 1e-3
+    assert np.array_equal(made(tmp_path, "--from", picture, "--pag", "0", "--rescale", "0"), plain)
 
 
 LINE = "Steps: 3, Seed: 1, Size: 64x64, "

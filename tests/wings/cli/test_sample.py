@@ -457,7 +457,7 @@ def test_what_killed_runs_left_behind_is_swept_away(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
-def test_a_run_that_was_interrupted_goes_on_with_what_is_missing(tmp_path):
+def test_a_run_that_was_interrupted_goes_on_with_what_is_missing(tmp_path, capsys):
     """To the bit, also in the middle of a batch; what is there already is not made again."""
     words = ("--steps", "2", "--count", "5", "--batch", "2")
     whole = made(tmp_path / "whole", *words)
@@ -471,6 +471,9 @@ def test_a_run_that_was_interrupted_goes_on_with_what_is_missing(tmp_path):
     assert after == sorted(path.name.split("-", 1)[1] for path in (tmp_path / "whole").iterdir())
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert len(made(tmp_path / "part", *words, "--resume")) == 0
+    assert "nothing to make: " in capsys.readouterr().out
+    more = made(tmp_path / "part", *words, "--resume", "--count", "7", "--batch", "4")  # in other batches
+    assert len(more) == 3 and len(list((tmp_path / "part").glob("*-regions.png"))) == 7  # the batch of seeds 4 to 6
     assert len(made(tmp_path / "part", *words, "--resume", "--scale", "3")) == 5  # of another setting there is none
 
 

@@ -266,6 +266,8 @@ def broken_files(tmp_path, tensors):
         (b"\n<!DOCTYPE html>\n<html>", "is a web page, not a checkpoint: download the file itself"),
         (b"GGUF\3\0\0\0", "is a GGUF file.*: give the .safetensors file that it was made from"),
         (b"\x89PNG\r\n", "is a picture, not a checkpoint"),
+        (b"<!-- by a host --><html>", "is a web page, not a checkpoint: download the file itself"),
+        (b'{"data":{"weights": 3}}', "is a JSON file: give the file of weights that it belongs to"),
         (b'{"_class_name": "x"}', "is a JSON file: give the file of weights that it belongs to"),
     ):
         yield written("downloaded.safetensors", begin + bytes(99)), f"downloaded.safetensors {message}"

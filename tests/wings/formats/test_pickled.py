@@ -110,8 +110,25 @@ def test_what_unpacks_to_many_times_its_size_is_not_read(tmp_path):
 def test_a_tensor_that_repeats_its_numbers_is_refused(tmp_path, zipped):
     content = {"a": torch.ones(1).expand(1000, 1000, 1000)}
     torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(scfg.BadInput, match="is no whole .ckpt file"):
+    with pytest.raises(scfg.BadInput, match=r"a is no plain tensor \(sparse, quantised, repeated or on meta\)"):
         scfg.load(tmp_path / "model.ckpt")
+
+
+def test_archives_of_other_kinds_and_machines_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("model.safetensors", b"x" * 100)
+    with pytest.raises(scfg.BadInput, match="is a zip archive, not a checkpoint: unpack it first"):
+        scfg.load(tmp_path / "model.zip")
+    saved(tmp_path / "little.ckpt", SOME)
+    with zipfile.ZipFile(tmp_path / "little.ckpt") as old, zipfile.ZipFile(tmp_path / "big.ckpt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("byteorder") else old.read(name))
+    with pytest.raises(scfg.BadInput, match="has the order of bytes of another kind of machine"):
+        scfg.load(tmp_path / "big.ckpt")
+
+
+def test_weights_are_found_in_wrappers_within_wrappers(tmp_path):
+    assert equal(read_pickled(saved(tmp_path / "model.ckpt", {"checkpoint": {"net": SOME}, "epoch": 3})), SOME)
 
 
 @pytest.mark.parametrize("kind", ["key", "value", "set"])
