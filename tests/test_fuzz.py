@@ -27,6 +27,8 @@ def test_a_few_cases_are_results_or_one_line(targets, name):
 
 FAILED = {
     "an unprintable dtype in a header": ("safetensors", lambda: unprintable_header()),
+    "a memo of one value in a far place": ("ckpt", lambda: b"\x80\x02]r\xff\xff\xff\x0f."),
+    "a memo counted in digits": ("ckpt", lambda: b"\x80\x02]p268435455\n."),
     "a line break in an option": ("options", lambda: [("--ema", ["", "\n"])]),
     "a class as sigma": ("denoiser", lambda: (fuzz.torch.zeros(1, 4, 16, 16), int)),
     "a class as guidance": ("sample", lambda: ("guidance", int)),

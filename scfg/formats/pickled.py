@@ -107,7 +107,7 @@ class Unpickler(pickle.Unpickler):
 
     def load(self) -> Any:
         start = self.file.tell()
-        check_depth(self.file)
+        check_safe(self.file)
         self.file.seek(start)
         return super().load()
 
@@ -128,15 +128,21 @@ class Unpickler(pickle.Unpickler):
         return Unread if (module, name[:9]) == ("torch._utils", "_rebuild_") else Inert
 
 
-def check_depth(file: IO[bytes]) -> None:
-    """Refuse values nested so deep that handling them overflows the interpreter's stack, before any is made."""
+def check_safe(file: IO[bytes]) -> None:
+    """Refuse what breaks the interpreter, before any value is made.
+
+    That is values nested so deep that handling them overflows its stack, and a memo of few values in far places, for
+    which it makes room up to the last.
+    """
     stack: list[int | None] = []  # the depth of every value, None for a mark
     memo: dict[int, int | None] = {}
-    for opcode, argument, _ in pickletools.genops(file):
+    for i, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         before, after = opcode.stack_before, opcode.stack_after
         if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[argument])  # type: ignore[index]
         elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            if argument is not None and argument > i:
+                raise ValueError("its memo has gaps")
             memo[len(memo) if argument is None else argument] = stack[-1]
         else:
             taken, count = [], len(before)
