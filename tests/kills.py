@@ -54,7 +54,7 @@ def pictures(folder: Path) -> dict[str, tuple[str, np.ndarray]]:
     return found
 
 
-def check_sample(times: int, count: int, longest: float, rng: random.Random, steps: int = 30) -> str:
+def check_sample(times: int, count: int, longest: float | None, rng: random.Random, steps: int = 30) -> str:
     """Two runs of other seeds in one folder, killed and resumed, against the same two in peace."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         killed_in, peaceful = (
@@ -64,9 +64,11 @@ def check_sample(times: int, count: int, longest: float, rng: random.Random, ste
             ]
             for folder in (one, other)
         )
+        began = time.monotonic()
         finish(peaceful)
-        killed = kill_pairs(killed_in, times, longest, rng)
+        killed = kill_pairs(killed_in, times, longest or (time.monotonic() - began) * 10 / count, rng)
         before = {path.name: path.read_bytes() for path in Path(one).glob("*.png")}
+        assert before, "no run got as far as a picture before it was killed: give a longer --longest"
         finish(killed_in)
         after, expected = pictures(Path(one)), pictures(Path(other))
         kept = all((Path(one) / name).read_bytes() == content for name, content in before.items())
@@ -87,12 +89,13 @@ def alike(one: Path, other: Path) -> bool:
     return found.shape == expected.shape and abs(found - expected).max() <= 1
 
 
-def check_evaluation(times: int, count: int, longest: float, rng: random.Random) -> str:
+def check_evaluation(times: int, count: int, longest: float | None, rng: random.Random) -> str:
     """Two evaluations of the same in one folder, killed and run to their end, against one in peace."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         both, peaceful = ([*EVALUATE, "--count", str(count), "--output", folder] for folder in (one, other))
+        began = time.monotonic()
         finish([peaceful])
-        killed = kill_pairs([both, both], times, longest, rng)
+        killed = kill_pairs([both, both], times, longest or time.monotonic() - began, rng)
         finish([both, both])
         found, expected = (
             {path.relative_to(folder): path for path in Path(folder).rglob("*") if path.is_file()}
@@ -108,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=50, help="runs of each that are killed (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="pictures of a run (default: %(default)s)")
-    parser.add_argument("--longest", type=float, default=10.0, help="seconds until a kill (default: %(default)s)")
+    parser.add_argument("--longest", type=float, help="seconds until a kill (default: those of ten pictures)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: %(default)s)")
     args = parser.parse_args()
     for check in (check_sample, check_evaluation):
