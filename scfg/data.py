@@ -236,8 +236,8 @@ def check_load(device: Any, dtype: Any, prediction: Any) -> None:
 
 def check_texts(what: str, texts: Any) -> None:
     """Raise BadInput where this is no text and no list of texts."""
-    listed = isinstance(texts, Sequence) and not isinstance(texts, bytes)
-    if not listed or not all(isinstance(text, str) for text in texts):
+    several = isinstance(texts, Sequence) and not isinstance(texts, bytes)
+    if not several or not all(isinstance(text, str) for text in texts):
         raise BadInput(f"{what} is a text or a list of texts, not {shown(texts)}")
     try:
         "".join(texts).encode()

@@ -20,7 +20,7 @@ KINDS = (  # how files begin that are no checkpoint -> what they are and what to
     (b"\x1f\x8b", "is a gzip archive: unpack it first"),
     (b"{", "is a JSON file: give the file of weights that it belongs to"),
 )
-LONGEST = 2**40  # bytes of a header, beyond which its length is text
+LONGEST_HEADER = 2**40  # bytes; a length beyond it is the beginning of a text
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -28,7 +28,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     check_exists(path)
     with path.open("rb") as file:
         begin = file.read(64)
-    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < LONGEST:
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") < LONGEST_HEADER:
         if os.fsencode(path) != str(path).encode(errors="replace"):
             raise BadInput(f"{str(path)!r} has a name that is no text, which no .safetensors file can have: rename it")
         source = checkpoint.read(path)

@@ -167,8 +167,7 @@ def record_of(saved: Any) -> tuple[str, torch.dtype, int]:
 class Archive(Unpickler):
     """Reads torch's zip format, whose tensors are records of their own: mapped where they are stored as they are."""
 
-    def __init__(self, archive: zipfile.ZipFile, file: IO[bytes]):
-        name = next(name for name in archive.namelist() if name.split("/")[-1] == "data.pkl")
+    def __init__(self, archive: zipfile.ZipFile, name: str, file: IO[bytes]):
         super().__init__(io.BytesIO(archive.read(name)))
         self.archive, self.folder, self.records = archive, name.removesuffix("data.pkl"), dict[str, Tensor]()
         self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -200,7 +199,7 @@ def read_archive(path: Path, file: IO[bytes]) -> Any:
             raise BadInput(f"{path} is a zip archive, not a checkpoint: unpack it first")
         if "byteorder" in names and archive.read(names["byteorder"]) == b"big":
             raise BadInput(f"{path} has the order of bytes of another kind of machine: save it as .safetensors there")
-        return Archive(archive, file).load()
+        return Archive(archive, names["data.pkl"], file).load()
 
 
 class Sequel(Unpickler):

@@ -605,3 +605,15 @@ def test_help_names_the_world_and_what_is_native(capsys):
     assert not caught.value.code
     assert "mushroom" in said and "SDXL 1024x1024, scale 5, trailing spacing" in said
     assert all(f"--{name}" in said for name in (*READ, "region", "refiner-from"))
+
+
+def test_offloading_on_a_cpu_is_said_to_do_nothing(tmp_path):
+    with pytest.warns(UserWarning, match="--offload does nothing on a CPU"):
+        made(tmp_path, "--steps", "1", "--offload")
+
+
+@pytest.mark.slow
+def test_warnings_are_no_errors_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error::UserWarning")
+    done = script("a zebra", "--steps", "1", folder=tmp_path)
+    assert done.returncode == 0 and "warning: this model never saw 'zebra'" in done.stderr, done.stderr
