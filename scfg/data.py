@@ -1,4 +1,4 @@
-"""What comes from outside, checked: a Guidance or a Config as plain data, for JSON and back; what callers give.
+"""A Guidance or a Config as plain data, for JSON and back.
 
 Such data comes from strangers, in the text of a picture or the header of a checkpoint: only the classes of one table
 can come of it, and every field is checked against its annotation.
@@ -7,21 +7,17 @@ can come of it, and every field is checked against its annotation.
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor
 from transformers import CLIPTokenizer
 
 from .config import Config, TextConfig, UNetConfig, VAEConfig
-from .errors import BadInput, listed, shown, whole_number
-from .schedule import Prediction, Schedule
+from .errors import BadInput, shown
+from .schedule import Schedule
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe
-from .unet import Capture
 
 CLASSES = {  # by name, where they are
     "Guidance": "guidance",
@@ -53,7 +49,6 @@ SLOTS = {  # the classes that may fill a field whose annotation names none
     ("Product", "second"): RULES,
     ("ByRegion", "base"): RULES,
 }
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CONFIGS = (Config, UNetConfig, VAEConfig, TextConfig, Schedule)
 BLOCKS = ("res_blocks", "transformer_depth", "middle_depth", "layers")  # fields that are numbers of blocks
 MOST_BLOCKS, MOST = 64, 2**20  # in one place; and of any other number
@@ -220,98 +215,6 @@ def kind_of(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     return {int: "a number", float: "a number", type(None): "None"}.get(hint) or f"a {getattr(hint, '__name__', hint)}"
-
-
-def check_load(device: Any, dtype: Any, prediction: Any) -> None:
-    """Raise BadInput for what a model cannot be loaded on or as."""
-    try:
-        torch.zeros(1, device=torch.device(device)).item()  # also refuses devices that hold no numbers
-    except (RuntimeError, AssertionError, ImportError, TypeError, ValueError):
-        raise BadInput(f"device {device!r} is not available here: try --device cpu") from None
-    if dtype is not None and dtype not in DTYPES:
-        raise BadInput(f"dtype is one of {', '.join(map(str, DTYPES))}, not {shown(dtype)}")
-    if prediction not in (None, *get_args(Prediction)):
-        raise BadInput(f"prediction is eps or v, not {shown(prediction)}")
-
-
-def check_texts(what: str, texts: Any) -> None:
-    """Raise BadInput where this is no text and no list of texts."""
-    several = isinstance(texts, Sequence) and not isinstance(texts, bytes)
-    if not several or not all(isinstance(text, str) for text in texts):
-        raise BadInput(f"{what} is a text or a list of texts, not {shown(texts)}")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise BadInput(f"{what} is Unicode text, not {shown(texts)}") from None
-
-
-def check_context(context: Mapping[str, Any], pooled: Mapping[str, Any], config: Config) -> None:
-    """Raise BadInput where encoded texts are not what a family's network takes."""
-    if config.unet.vector_dim and not pooled:
-        raise BadInput(f"{config.name} takes the pooled text too: give Prompt(context=..., pooled=...)")
-    if not {"uncond", "cond"} <= set(context):
-        raise BadInput(f"a prompt's context has uncond and cond, not {', '.join(context) or 'nothing'}")
-    for text, states in context.items():
-        width = config.unet.context_dim
-        if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != width:
-            raise BadInput(f"a prompt's context is tensors (b t {width}); {text} is {shown(states)}")
-
-
-def check_readers(segment: Any, capture: Any) -> None:
-    """Raise BadInput for what reads no regions, or captures no maps."""
-    if segment is not None and not (hasattr(segment, "complete") and hasattr(segment, "assign")):
-        raise BadInput(f"segment is a Recipe, such as scfg.OFFICIAL, not {shown(segment)}")
-    if capture is not None and not isinstance(capture, Capture):
-        raise BadInput(f"capture is a Capture, such as scfg.Capture(pixels=256), not {shown(capture)}")
-
-
-def seeds_of(seeds: int | Sequence[int], count: int, fixed: bool) -> list[int]:
-    """One seed a picture, of so many prompts; one prompt serves any number of pictures, unless that is fixed."""
-    if isinstance(seeds, int) or getattr(seeds, "ndim", 1) == 0:
-        seeds = [whole_number("a seed", seeds, 0, 2**64 - count) + i for i in range(count)]
-    seeds = listed("seeds", seeds)
-    if not seeds or (count != len(seeds) and (count > 1 or fixed)):
-        raise BadInput(f"{count} {'latents' if fixed else 'prompts'} for {len(seeds)} pictures: give one for each")
-    return seeds
-
-
-def pictures_or_latents(what: str, value: Any, channels: int) -> Tensor:
-    """Numbers (b channels h w), also numpy's, as a tensor; raises BadInput for anything else."""
-    try:
-        values = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise BadInput(f"{what}: give numbers (b {channels} h w), not {shown(value)}") from None
-    dense = values.layout == torch.strided and values.device.type != "meta"
-    if values.ndim != 4 or values.shape[1] != channels or not (values.numel() and values.is_floating_point() and dense):
-        found = f"{tuple(values.shape)} of {values.dtype}"
-        raise BadInput(f"{what}: give floating numbers (b {channels} h w), not {found}")
-    return values
-
-
-def pictures_of(value: Any) -> Tensor:
-    """Pictures (b 3 h w) in [0, 1] as a tensor; raises BadInput for anything else."""
-    pictures = pictures_or_latents("pictures, with values from 0 to 1", value, 3)
-    if not (pictures.min() >= 0 and pictures.max() <= 1):
-        raise BadInput("pictures have values from 0 to 1: divide those of 8 bits by 255")
-    return pictures
-
-
-def size_of(latent: Tensor, size: Any, factor: int) -> tuple[int, int]:
-    """(width, height) of the picture of a latent, in pixels; raises BadInput where another is asked for."""
-    own = latent.shape[-1] * factor, latent.shape[-2] * factor
-    if size is not None and tuple(listed("size (width, height)", size)) != own:
-        raise BadInput(f"the latent is of {own[0]}x{own[1]} pixels, not of {shown(size)}: leave size out")
-    return own
-
-
-def paths_of(given: Any) -> list[Path]:
-    """Names of files or folders as paths."""
-    if not isinstance(given, list | tuple) or not given:
-        raise BadInput(f"give the path of a checkpoint, several in a list, or None for the embedded one, not {given!r}")
-    for one in given:
-        if not isinstance(one, str | Path) or not str(one) or "\0" in str(one):
-            raise BadInput(f"a path is the name of a file or a folder, not {shown(one)}")
-    return [Path(one) for one in given]
 
 
 def config_to_json(config: Config) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadInput, shown
-from .guidance import Guidance, Outputs, Row
+from .guidance import COND, Guidance, Outputs, Row
 from .schedule import Moment, Schedule
 from .segment import Recipe, Regions, Tokens
 from .text import Conditioner
@@ -53,6 +53,7 @@ class Denoiser:
     segment: Recipe | None = None  # reads regions at every step; None: the rule's recipe does, on guided steps
     map_divisor: int = 4  # regions are read from blocks of at most ceil(h/d) * ceil(w/d) pixels
     capture: Capture | None = None  # extra maps to return
+    device: torch.device | None = None  # the network's, to which x is moved; None: x is there
 
     def __call__(self, x: Tensor, sigma: float, previous: Denoised | None = None) -> Denoised:
         """x (b c h w) at noise level sigma, one for all pictures; previous: the previous evaluation's result.
@@ -64,7 +65,7 @@ class Denoiser:
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             with exact(x.device):
                 return self(x, sigma, previous)
-        now = self.schedule.moment(sigma)
+        x, now = x.to(self.device or x.device), self.schedule.moment(sigma)
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)
         out, completed, maps, flags, layout = self.evaluate(x, now, rows, previous, recipe)
@@ -92,24 +93,30 @@ class Denoiser:
         """What the network computes for the rows; those of one attention function share a call."""
         scaled, t = (x / math.sqrt(now.sigma**2 + 1)).to(self.dtype), x.new_full((len(x),), now.t)
         pixels = math.prod(math.ceil(side / self.map_divisor) for side in x.shape[-2:]) if recipe else 0
-        out, completed, maps, layout = {}, {}, {}, self.prompt.layout
-        flags: dict[str, Tensor] = {}
+        completed, maps, layout = {}, {}, self.prompt.layout
+        out, flags = dict[str, Tensor](), dict[str, Tensor]()
         for attend in dict.fromkeys(row.attend for row in rows):
             group = [row for row in rows if row.attend == attend]
             conditioning = self.prompt.condition(group, now, previous, x.shape)
-            capture = None if attend else self.wanted(recipe, pixels)
+            evaluated, layout = conditioning.rows or group, conditioning.layout or layout
+            capture, read = None if attend else self.wanted(recipe, pixels), evaluated
+            if capture and recipe and evaluated is group and self.reads_cond_alone(recipe, layout):
+                first, read = len(x) * group.index(COND), [COND]
+                capture = capture._replace(entries=slice(first, first + len(x)))
             output, captured = self.network(scaled, t, conditioning, capture=capture, attend=attend)
             flags |= conditioning.flags
             if self.capture and not attend:
                 maps = {name: self.capture.make(block) for name, block in captured.items()}
                 small = {name: block for name, block in captured.items() if math.prod(block.size) <= pixels}
                 captured = {name: recipe.complete(block) for name, block in small.items()} if recipe else {}
-            evaluated = conditioning.rows or group
-            for i, row in enumerate(evaluated):
-                out[row.name] = output.chunk(len(evaluated))[i].to(x.dtype)
-                completed[row.name] = [block.chunk(len(evaluated))[i] for block in captured.values()]
-            layout = conditioning.layout or layout
+            out |= {row.name: of_row.to(x.dtype) for row, of_row in zip(evaluated, output.chunk(len(evaluated)))}
+            for i, row in enumerate(read):
+                completed[row.name] = [block.chunk(len(read))[i] for block in captured.values()]
         return conditioning.merge(Evaluated(out, completed, maps, flags, layout), rows)
+
+    def reads_cond_alone(self, recipe: Recipe, layout: Tokens) -> bool:
+        """Whether nothing reads the unconditional row's maps, so that they need not be computed."""
+        return not self.capture and (recipe.foreground != "uncond" or layout.all_zero)
 
     def wanted(self, recipe: Recipe | None, pixels: int) -> Capture | None:
         """What the network captures: raw maps if the caller asked for maps, else the recipe's completed maps."""

@@ -19,9 +19,9 @@ from .denoise import Denoised, Denoiser
 from .errors import BadInput, listed, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
-from .schedule import HIGHEST, Prediction, Spacing
+from .schedule import Prediction, Spacing
 from .segment import OFFICIAL, Recipe
-from .text import Prompt, PromptLike, Text, Texts, paired_texts, prompt_of
+from .text import Prompt, PromptLike, Text, Texts, prompt_of
 from .unet import Capture, UNet, exact
 from .vae import VAE
 
@@ -49,22 +49,13 @@ def run(
     `steps.send(x)` replaces step.x. Raises FloatingPointError where the latent after a step is not finite; this is
     checked one step late, so that no step waits for the device.
     """
+    from .checks import falling
+
     sigmas = falling(sigmas)
     chosen = SAMPLERS.get(sampler) if isinstance(sampler, str) else sampler
     if not callable(chosen) or isinstance(chosen, type):
         raise BadInput(f"no sampler {shown(sampler)}: give {', '.join(SAMPLERS)} or a function such as scfg.lcm")
     return loop(chosen(denoise, x, sigmas, noise), sigmas)
-
-
-def falling(sigmas: Sequence[float]) -> list[float]:
-    """The noise levels of a run as numbers; raises BadInput where they are none."""
-    try:
-        levels = [float(sigma) for sigma in sigmas]
-    except (TypeError, ValueError):
-        levels = []
-    if len(levels) < 2 or any(not a > b for a, b in pairwise(levels)) or not 0 <= levels[-1] < levels[0] < HIGHEST:
-        raise BadInput("sigmas must be strictly decreasing, below 1e38 and at least 0; give two or more")
-    return levels
 
 
 def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None, None]:
@@ -109,6 +100,8 @@ class Diffusion:
         negative: by default the empty text, for SDXL zeros. layer_from_end: of the text towers, in place of the
         family's. Weights, BREAK and longer texts are read by scfg.prompting.encode.
         """
+        from .checks import paired_texts
+
         texts, negatives = paired_texts(text, negative, self.config)
         towers = self.towers()
         cond = towers.encode_texts(texts, self.device, layer_from_end)
@@ -143,7 +136,8 @@ class Diffusion:
         family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
         to return in Denoised.maps.
         """
-        from .data import check_guidance, check_readers
+        from .checks import check_layers, check_readers
+        from .data import check_guidance
 
         check_readers(segment, capture)
         prompt = self.encoded(prompt)
@@ -151,14 +145,13 @@ class Diffusion:
         guidance = named_rule(usual, self.config.scale, self.config) if guidance is None else guidance
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         check_guidance(guidance)
-        names, layers = self.unet.transformer_names(), guidance.perturb.layers if guidance.perturb else ()
-        for layer in layers:
-            if not any(f"{name}.".startswith(f"{layer}.") for name in names):
-                raise BadInput(f"no transformer block is in {layer!r}: UNet.transformer_names() lists where they are")
+        check_layers(guidance.perturb.layers if guidance.perturb else (), self.unet.transformer_names())
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
         conditioner = prompt.conditioner(self.config, self.device, self.dtype)
         schedule, divisor = self.config.schedule, self.config.map_divisor
-        denoiser = Denoiser(self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture)
+        denoiser = Denoiser(
+            self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture, self.device
+        )
         if self.config.unet.guidance_dim:
             from .methods import distilled
 
@@ -189,7 +182,9 @@ class Diffusion:
 
         def noise() -> Tensor:
             drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
-            return torch.stack(drawn).to(self.device)
+            if self.device.type != "cuda":
+                return torch.stack(drawn).to(self.device)
+            return torch.stack(drawn).pin_memory().to(self.device, non_blocking=True)  # the host does not wait
 
         return noise
 
@@ -211,7 +206,7 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        from .data import pictures_or_latents, seeds_of, size_of
+        from .checks import falling, pictures_or_latents, seeds_of, size_of
 
         prompt = self.encoded(prompt)
         if latent is not None:
@@ -236,15 +231,10 @@ class Diffusion:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) of the latent of a picture of (width, height) pixels."""
-        factor = self.config.vae.factor
-        sides = [whole_number("a side in pixels", side, 1, 2**16) for side in listed("size (width, height)", size)]
-        if len(sides) != 2:
-            raise BadInput(f"a size is (width, height) in pixels, not {shown(size)}")
-        for side in sides:
-            if side < factor or side % factor:
-                below = max(side // factor, 1) * factor
-                raise BadInput(f"{side} pixels are no multiple of {factor}: nearest are {below} and {below + factor}")
-        return self.config.vae.latent_channels, sides[1] // factor, sides[0] // factor
+        from .checks import sides_of
+
+        width, height = sides_of(size, self.config.vae.factor)
+        return self.config.vae.latent_channels, height // self.config.vae.factor, width // self.config.vae.factor
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
@@ -252,7 +242,7 @@ class Diffusion:
 
         As many at once as fit into WHOLE latent pixels; larger ones in bands, which takes less memory.
         """
-        from .data import pictures_or_latents
+        from .checks import pictures_or_latents
 
         latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
         if not latent.isfinite().all():
@@ -279,7 +269,7 @@ class Diffusion:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Pictures (b 3 H W) in [0, 1], sides multiples of the VAE's factor -> the mean latent (b c h w)."""
-        from .data import pictures_of
+        from .checks import pictures_of
 
         image = pictures_of(image)
         self.latent_shape((image.shape[3], image.shape[2]))
@@ -313,7 +303,7 @@ def load(
     bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text towers off the device
     except while encoding.
     """
-    from .data import check_load, paths_of
+    from .checks import check_load, paths_of
 
     check_load(device, dtype, prediction)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .config import Config
-from .errors import BadInput, shown
+from .errors import BadInput
 from .schedule import Moment
 from .segment import CONDITIONAL, OFFICIAL, PAPER, Recipe, Regions, blur
 from .unet import Attend, Site
@@ -171,14 +171,9 @@ class Guidance:
     when: Callable[[Moment], float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("scale", "direction", "rescale", "when"):
-            slot = getattr(self, name)
-            if (not callable(slot) or isinstance(slot, type)) and (slot is not None or name == "scale"):
-                such = "such as CFG(7.5), " if name == "scale" else ""
-                raise BadInput(f"Guidance.{name} must be callable, {such}not {shown(slot)}")
-        if self.perturb is not None and (isinstance(self.perturb, type) or not hasattr(self.perturb, "attend")):
-            such = "scale, layers and attend, such as PAG(3.0)"
-            raise BadInput(f"Guidance.perturb must have {such}, not {shown(self.perturb)}")
+        from .checks import check_slots
+
+        check_slots(self)
 
     @property
     def recipe(self) -> Recipe | None:

@@ -27,6 +27,7 @@ class Tokens(NamedTuple):
     chunk: int  # tokens from one start token of a long prompt to the next; tokens 0, chunk, 2 * chunk are start tokens
     words: tuple[tuple[Word, ...], ...] = ()  # the words of each picture's text, in order
     zero_uncond: Tensor | None = None  # (b|1) pictures whose unconditional context is all zeros; None: none
+    all_zero: bool = False  # whether it is that of every picture
 
 
 class Regions(NamedTuple):
@@ -57,7 +58,7 @@ def blur(x: Tensor) -> Tensor:
 
 
 def relative(x: Tensor) -> Tensor:
-    """Every channel of (b c h w) divided by its mean over the picture."""
+    """Values (... h w) divided by their mean over the picture."""
     return x / x.mean((-2, -1), keepdim=True).clamp_min(LEAST)
 
 
@@ -74,15 +75,17 @@ class Recipe:
     foreground: Literal["uncond", "cond", "assigned"]
 
     def complete(self, maps: Maps) -> Tensor:
-        """A block's cross map completed by its self map, (b t h w); S is applied to t columns, never squared."""
-        by_self, step = maps.self, maps.cross
+        """A block's cross map completed by its self map, (b t h w); S is applied to t columns, never squared.
+
+        w1 S C + w2 S^2 C + ... is summed as S (w1 C + S (w2 C + ...)).
+        """
+        by_self, cross = maps.self, maps.cross
         if by_self.ndim == 4:  # every head's
-            by_self, step = by_self.mean(1), step.mean(1)
-        total = torch.zeros_like(step)
-        for weight in self.powers:
-            step = by_self @ step
-            total = total + weight * step
-        return rearrange(total, "b (h w) t -> b t h w", h=maps.size[0])
+            by_self, cross = by_self.mean(1), cross.mean(1)
+        total = self.powers[-1] * cross
+        for weight in self.powers[-2::-1]:
+            total = torch.baddbmm(cross, by_self, total, beta=weight)
+        return rearrange(by_self @ total, "b (h w) t -> b t h w", h=maps.size[0])
 
     def assign(self, cond: Sequence[Tensor], uncond: Sequence[Tensor] | None, tokens: Tokens) -> Regions:
         """Completed maps of all layers, each (b t h w) -> Regions of the conditional row on the largest of their grids.
@@ -91,27 +94,30 @@ class Recipe:
         of zeros are uniform, and comparing them would compare rounding errors. The start tokens of a long prompt are
         identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
-        size = max([layer.shape[-2:] for layer in cond], key=math.prod)
+        grids = list(dict.fromkeys(layer.shape[-2:] for layer in cond))
+        size = max(grids, key=math.prod)
         uncond = uncond if self.foreground == "uncond" else None
         scores = attention = cond[0].new_zeros(())  # sums over layers
-        for i, layer in enumerate(cond):
-            rows = layer if uncond is None else torch.cat([layer, uncond[i]])
-            rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
-            rows = blur(rows) if self.smooth else rows
-            layer, source = (rows, rows) if uncond is None else rows.chunk(2)  # source: of the foreground
-            total = layer.mean((-2, -1), keepdim=True) + 1e-8
+        for grid in grids:  # the layers of one grid are computed together
+            chosen = [i for i, layer in enumerate(cond) if layer.shape[-2:] == grid]
+            rows = torch.cat([half[i] for half in (cond, uncond) if half is not None for i in chosen])
+            rows = rows if grid == size else F.interpolate(rows, size=size, mode="bilinear")
+            rows = rearrange(blur(rows) if self.smooth else rows, "(l b) t h w -> l b t h w", b=len(cond[0]))
+            layers, source = rows[: len(chosen)], rows[-len(chosen) :]  # source: of the foreground
+            total = layers.mean((-2, -1), keepdim=True) + 1e-8
             if self.normalise == "sum":
-                total = layer.sum((-2, -1), keepdim=True).clamp_min(LEAST)
-            scores = scores + layer / total / len(cond)
+                total = layers.sum((-2, -1), keepdim=True).clamp_min(LEAST)
+            scores = scores + (layers / total).sum(0) / len(cond)
             if self.foreground != "assigned":
                 if uncond is not None and tokens.zero_uncond is not None:
-                    source = torch.where(tokens.zero_uncond[:, None, None, None], layer, source)
-                by_place = rearrange(source, "b (chunks t) h w -> b t chunks h w", t=tokens.chunk)
-                sums = torch.stack([by_place[:, 0].sum(1), by_place[:, 1:].sum((1, 2))], 1)
-                attention = attention + relative(sums)  # of the start token and of all others
-        counts = scores.new_ones(scores.shape[1], 1, 1)
-        counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
-        scores = scores * counts
+                    source = torch.where(tokens.zero_uncond[:, None, None, None], layers, source)
+                by_place = rearrange(source, "l b (chunks t) h w -> l b t chunks h w", t=tokens.chunk)
+                sums = torch.stack([by_place[:, :, 0].sum(2), by_place[:, :, 1:].sum((2, 3))], 2)
+                attention = attention + relative(sums).sum(0)  # of the start token and of all others
+        if scores.shape[1] > tokens.chunk:  # the later start tokens own nothing
+            counts = scores.new_ones(scores.shape[1], 1, 1)
+            counts[tokens.chunk :: tokens.chunk] = 0
+            scores = scores * counts
         best = scores.argmax(1, keepdim=True)
         owners = torch.zeros_like(scores).scatter(1, best, 1.0)
         if self.ties:

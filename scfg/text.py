@@ -51,7 +51,7 @@ class Prompt:
 
     def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "Conditioner":
         """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
-        from .data import check_context
+        from .checks import check_context
 
         check_context(self.context, self.pooled, config)
         longest = max(states.shape[1] for states in self.context.values())
@@ -64,7 +64,7 @@ class Prompt:
             tokens[text] = F.pad(states.to(device, dtype), (0, 0, 0, longest - states.shape[1]))
         pooled = {text: states.to(device, dtype) for text, states in self.pooled.items()}
         zeros = (tokens["uncond"] == 0).flatten(1).all(1)
-        layout = Tokens(self.chunk or longest, self.words, zeros if zeros.any() else None)
+        layout = Tokens(self.chunk or longest, self.words, zeros if zeros.any() else None, bool(zeros.all()))
         return Conditioner(config, tokens, pooled, weight if filled else {}, layout)
 
 
@@ -108,8 +108,10 @@ class Conditioner:
         pooled, scores, sizes = self.stack(self.pooled, texts, shape[0]), self.config.aesthetic_scores, []
         for text in texts:
             target = (height, width) if scores is None else (scores[text != "uncond"],)
-            numbers = torch.tensor((height, width, 0, 0, *target), dtype=torch.float32, device=pooled.device)
-            sizes.append(timestep_embedding(numbers, 256).flatten().to(pooled.dtype).expand(shape[0], -1))
+            # filled in on the device, since a copy of them would wait for it
+            numbers = [pooled.new_full((1,), n, dtype=torch.float32) for n in (height, width, 0, 0, *target)]
+            size = timestep_embedding(torch.cat(numbers), 256).flatten()
+            sizes.append(size.to(pooled.dtype).expand(shape[0], -1))
         return torch.cat([pooled, torch.cat(sizes)], dim=1)
 
 
@@ -131,24 +133,6 @@ def prompt_of(cond: Encoded, uncond: Encoded | None, chunk: int) -> Prompt:
     pooled = {text: encoded.pooled for text, encoded in texts.items() if encoded.pooled is not None}
     lengths = {text: encoded.lengths for text, encoded in texts.items()}
     return Prompt({text: encoded.states for text, encoded in texts.items()}, pooled, cond.words, chunk, lengths)
-
-
-def paired_texts(text: Texts, negative: Texts | None, config: Config) -> tuple[list[str], list[str] | None]:
-    """The texts of all pictures and their negatives; None stands for zeros in place of encoded negatives."""
-    from .data import check_texts
-
-    check_texts("a prompt", text)
-    if negative is not None:
-        check_texts("a negative prompt", negative)
-    texts = [text] if isinstance(text, str) else list(text)
-    if negative is None and not config.zero_negative:
-        negative = ""
-    negatives = [negative] * len(texts) if isinstance(negative, str) else negative
-    if not texts:
-        raise BadInput("no prompt: give at least one text")
-    if negatives is not None and len(negatives) != len(texts):
-        raise BadInput(f"{len(texts)} prompts but {len(negatives)} negatives: give one negative, or one for each")
-    return texts, None if negatives is None else list(negatives)
 
 
 class Tower(nn.Module):

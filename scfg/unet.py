@@ -19,6 +19,7 @@ from .errors import BadInput
 # Weights of tokens: 0 for filler, which is excluded. LEAST outside a text's area, where its own map must stay defined:
 # weights below NOWHERE become a bias of SILENCED, because log(1e-30) = -69 is within the range of attention logits.
 LEAST, NOWHERE, SILENCED = 1e-30, 1e-20, -1e4
+AT_ONCE, AT_ONCE_ON_CPU = 2**26, 2**19  # attention probabilities that exist at once: 256 MB; what CPU caches hold
 
 
 class Maps(NamedTuple):
@@ -39,6 +40,7 @@ class Capture(NamedTuple):
     blocks: Collection[str] = ()  # and these, such as "input_blocks.4.1.transformer_blocks.0"
     heads: bool = False  # every head's maps, or their mean
     make: Callable[[Maps], Any] = lambda maps: maps
+    entries: slice = slice(None)  # of the r*b entries, those whose maps are returned
 
 
 class Site(NamedTuple):
@@ -111,15 +113,30 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool = False) -> Tensor:
     """softmax(q k^T / sqrt d + bias) in fp32, q (b heads n d), k (b heads m d), bias (b 1 n|1 m).
 
-    The mean over heads (b n m), taken head by head so that no (b heads n m) ever exists; with `heads`, (b heads n m).
+    The mean over heads (b n m), or with `heads` (b heads n m). Some entries, or some pixels of one entry, are computed
+    at a time, so that no whole (b heads n m) need exist.
     """
-    q = q.float() * q.shape[-1] ** -0.5
-    maps: list[Tensor] = []
-    for q_head, k_head in zip(q.unbind(1), k.float().unbind(1)):
-        logits = q_head @ k_head.mT
-        head = (logits if bias is None else logits + bias[:, 0]).softmax(dim=-1)
-        maps = [*maps, head] if heads or not maps else [maps[0] + head]
-    return torch.stack(maps, 1) if heads else maps[0] / q.shape[1]
+    at_once, scale = AT_ONCE_ON_CPU if q.device.type == "cpu" else AT_ONCE, q.shape[-1] ** -0.5
+    # products of half precision are exact in fp32, in which this sums them
+    fast = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad
+    q, k = (q, k) if fast else (q.float() * scale, k.float())
+    pixels = max(1, at_once // (q.shape[1] * k.shape[2]))
+    entries, parts = max(1, pixels // q.shape[2]), list[Tensor]()
+    for i in range(0, len(q), entries):
+        some, keys, of_some = q[i : i + entries], k[i : i + entries].mT, []
+        for j in range(0, q.shape[2], pixels):
+            part = some[:, :, j : j + pixels]
+            if fast:
+                product = torch.bmm(part.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+                logits = rearrange(product, "(b heads) n m -> b heads n m", b=len(part)) * scale
+            else:
+                logits = part @ keys
+            if bias is not None:
+                logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, j : j + pixels])[i : i + entries]
+            maps = logits.softmax(-1)
+            of_some.append(maps if heads else maps.mean(1))
+        parts += of_some if len(of_some) == 1 else [torch.cat(of_some, -2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Downsample(nn.Module):
@@ -184,11 +201,13 @@ class Attention(nn.Module):
         out = self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
         if not captured:
             return out, None
+        # rows that are still shared have one map for all
+        entries = call.capture.entries if len(q) == len(call.conditioning.tokens) else slice(None)
         own, bias = call.conditioning.own if site.kind == "cross" else None, site.bias
         if bias is not None:
             # what all own tokens share cancels in their softmax; taken off first, it costs no precision
-            bias = bias[..., :own] - bias[..., :own].amax(-1, keepdim=True)
-        return out, probabilities(q, k[:, :, :own], bias, call.capture.heads)
+            bias = bias[entries, :, :, :own] - bias[entries, :, :, :own].amax(-1, keepdim=True)
+        return out, probabilities(q[entries], k[entries, :, :own], bias, call.capture.heads)
 
 
 class GEGLU(nn.Module):
@@ -221,12 +240,14 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(x)
         out, self_map = self.attn1(normed, normed, Site(self.name, "self", size, None), call, captured)
         x = x + out
-        if len(x) < len(tokens):  # here the rows begin to differ
-            x, self_map = expand(x, len(tokens)), self_map if self_map is None else expand(self_map, len(tokens))
+        x = x if len(x) == len(tokens) else expand(x, len(tokens))  # from here the rows differ
         out, cross_map = self.attn2(self.norm2(x), tokens, Site(self.name, "cross", size, bias), call, captured)
         x = x + out
         x = x + self.ff["net"](self.norm3(x))
-        return x, {self.name: capture.make(Maps(self_map, cross_map, size))} if captured else {}
+        if self_map is None or cross_map is None:
+            return x, {}
+        self_map = self_map if len(self_map) == len(cross_map) else expand(self_map, len(cross_map))
+        return x, {self.name: capture.make(Maps(self_map, cross_map, size))}
 
 
 class SpatialTransformer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from ..denoise import Denoiser
 from ..errors import BadInput
 
-AT_ONCE = 4  # maps of one block: a head's logits and probabilities, the sum over heads without it and with it
+HELD = 2  # maps of one block: its entries, and their concatenation; beside them, some heads' logits and probabilities
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -36,7 +36,7 @@ def check_maps(
 def map_bytes(denoiser: Denoiser, pictures: int, size: tuple[int, int], factor: int) -> int:
     """The most memory that reading regions takes, for the rows uncond and cond."""
     pixels = math.prod(math.ceil(side / factor / denoiser.map_divisor) for side in size)
-    return AT_ONCE * 2 * pictures * pixels**2 * torch.float32.itemsize
+    return HELD * 2 * pictures * pixels**2 * torch.float32.itemsize
 
 
 def free_memory(device: torch.device) -> float:

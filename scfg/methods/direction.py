@@ -10,10 +10,14 @@ from ..guidance import Outputs
 from ..schedule import Moment
 
 
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Every picture's inner product of x and y, both (b c h w), as (b 1 1 1)."""
+    return (x * y).sum((1, 2, 3), keepdim=True)
+
+
 def parallel(x: Tensor, axis: Tensor) -> Tensor:
     """Every picture's part of x along its axis, both (b c h w)."""
-    share = (x * axis).sum((1, 2, 3), keepdim=True) / (axis.square().sum((1, 2, 3), keepdim=True) + 1e-8)
-    return share * axis
+    return inner(x, axis) / (inner(axis, axis) + 1e-8) * axis
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,11 @@ class TCFG:
         dx0_deps = -moment.sigma
         cond = (outputs.x0 - outputs.x) / dx0_deps
         uncond = cond - outputs.dx0_dout / dx0_deps * outputs.difference
-        pair = torch.stack([cond, uncond], 1).flatten(2)
-        first = torch.linalg.svd(pair, full_matrices=False).Vh[:, :1]
-        damped = (pair[:, 1:] @ first.mT @ first).view_as(uncond)
+        cc, cu, uu = inner(cond, cond), inner(cond, uncond), inner(uncond, uncond)
+        # the leading eigenvector (cos, sin) of their products [[cc, cu], [cu, uu]]
+        angle = torch.atan2(2 * cu, cc - uu) / 2
+        first = angle.cos() * cond + angle.sin() * uncond
+        damped = parallel(uncond, first)
         return (cond - damped) * dx0_deps / outputs.dx0_dout, None
 
 
@@ -91,7 +97,7 @@ class FDG:
 
 def binomial(x: Tensor) -> Tensor:
     """(b c h w) under 1 4 6 4 1 along both axes, edges reflected: the filter of a Laplacian pyramid."""
-    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype, device=x.device) / 16
-    padded = F.pad(x, (2, 2, 2, 2), mode="reflect" if min(x.shape[-2:]) > 2 else "replicate")
-    rows = F.conv2d(padded.flatten(0, 1)[:, None], kernel[None, None, :, None])
-    return F.conv2d(rows, kernel[None, None, None]).view_as(x)
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (2, 2, 2, 2), mode="reflect" if min(height, width) > 2 else "replicate")
+    rows = torch.stack([tap / 16 * padded[..., i : i + height, :] for i, tap in enumerate((1, 4, 6, 4, 1))]).sum(0)
+    return torch.stack([tap / 16 * rows[..., i : i + width] for i, tap in enumerate((1, 4, 6, 4, 1))]).sum(0)

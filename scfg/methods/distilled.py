@@ -28,7 +28,8 @@ class Distilled:
     """A network that is told its guidance scale."""
 
     def __init__(self, unet: UNet, scale: float):
-        self.unet, self.embedding = unet, scale_embedding(scale, unet.config.guidance_dim)
+        weight = unet.get_parameter("out.2.weight")
+        self.unet, self.embedding = unet, scale_embedding(scale, unet.config.guidance_dim).to(weight)
 
     def __call__(
         self,
@@ -39,8 +40,7 @@ class Distilled:
         capture: Capture | None = None,
         attend: Attend | None = None,
     ) -> tuple[Tensor, Captured]:
-        told = conditioning._replace(guidance=self.embedding.to(conditioning.tokens))
-        return self.unet(x, t, told, capture=capture, attend=attend)
+        return self.unet(x, t, conditioning._replace(guidance=self.embedding), capture=capture, attend=attend)
 
 
 def unguided(moment: Any) -> float:

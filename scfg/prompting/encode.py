@@ -7,10 +7,11 @@ from typing import get_args
 
 import torch
 
+from ..checks import falling, paired_texts
 from ..config import Emphasis
-from ..diffusion import Diffusion, falling
+from ..diffusion import Diffusion
 from ..errors import BadInput, shown
-from ..text import Encoded, Prompt, Texts, paired_texts, prompt_of
+from ..text import Encoded, Prompt, Texts, prompt_of
 from .chunks import Reader
 from .composed import ComposedPrompt, joined, with_words_of
 from .language import changes, parse, sub_prompts, text_at, without_tags

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 import numpy as np
@@ -25,6 +25,7 @@ FUNCTION_WORDS = frozenset(
     "a an the of in on at to by with and or left right above below under over next from for is as".split()
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+HOST = torch.device("cpu")
 SMALLEST = 1 / 256  # share of the picture below which an area is not guided on its own
 SIMPLE = re.compile(r"[^|&~(),:'\"\s]+( [^|&~(),:'\"\s]+)*")  # a phrase or path that needs no quotes in a description
 
@@ -47,12 +48,25 @@ class Area:
         return False
 
     def of(self, regions: Regions | None) -> Tensor:
-        """(b|1 1 h w), on any grid."""
+        """(b|1 1 h w), on any grid; without regions on the host."""
         raise NotImplementedError
 
-    def __call__(self, regions: Regions | None, size: Sequence[int]) -> Tensor:
-        """(b|1 1 h w) of this size."""
-        return resized(self.of(regions), size)
+    def fixed(self, device: torch.device) -> Tensor:
+        """The values of an area that does not change, on a device: copied there once, since the host waits for it."""
+        if device not in self.copies:
+            self.copies[device] = self.of(None).to(device)
+        return self.copies[device]
+
+    @cached_property
+    def copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "copies"}
+
+    def __call__(self, regions: Regions | None, size: Sequence[int], device: torch.device = HOST) -> Tensor:
+        """(b|1 1 h w) of this size, where the regions are; without regions on this device."""
+        return resized(self.fixed(device) if regions is None else self.of(regions), size)
 
     def __repr__(self) -> str:
         return str(self)
@@ -138,16 +152,10 @@ class Complement(Derived):
 class Feathered(Derived):
     times: int
 
-    @cached_property
-    def fixed(self) -> Tensor:
-        """What does not change from step to step."""
-        return self.blurred(self.area.of(None))
-
-    def blurred(self, values: Tensor) -> Tensor:
-        return reduce(lambda area, _: blur(area), range(self.times), values)
-
     def of(self, regions: Regions | None) -> Tensor:
-        return self.blurred(self.area.of(regions)) if self.needs_regions else on_device(self.fixed, regions)
+        if regions is not None and not self.needs_regions:
+            return self.fixed(regions.scores.device)
+        return reduce(lambda area, _: blur(area), range(self.times), self.area.of(regions))
 
     def __str__(self) -> str:
         return f"feathered({self.area}, {self.times})"
@@ -197,16 +205,18 @@ class Words(Area):
         """The area (h w) of one picture, by its tokens' scores (t h w) and the words of its prompt."""
         naming = [word for word in words if word.text.lower() not in FUNCTION_WORDS]
         own, others = (
-            [i for word in some for i in range(word.start, word.stop)]
+            {i for word in some for i in range(word.start, word.stop)}
             for some in (find_phrase(words, self.phrase), naming)
         )
         if not own:  # words of another step's text
             return torch.zeros_like(scores[0])
-        rivals = range(len(scores)) if self.against_all else sorted({*own, *others})
-        rest, total = scores[[i for i in rivals if i not in own]], scores[own].sum(0)
+        rivals = range(len(scores)) if self.against_all else sorted(own | others)
+        # stacked, since a GPU's host would wait for lists of numbers
+        of_own = torch.stack([scores[i] for i in rivals if i in own])
+        rest = torch.stack([torch.zeros_like(scores[0]), *(scores[i] for i in rivals if i not in own)])
         if self.soft:
-            return total / (total + rest.sum(0))
-        return (scores[own].amax(0) > rest.amax(0) if len(rest) else total >= 0).float()
+            return of_own.sum(0) / (of_own.sum(0) + rest.sum(0))
+        return (of_own.amax(0) > rest.amax(0) if len(rest) > 1 else of_own[0] >= 0).float()
 
     def __str__(self) -> str:
         flags = [name for name in ("soft", "against_all") if getattr(self, name)]
@@ -223,7 +233,7 @@ class Mask(Area):
     values: Tensor  # (b|1 1 h w), 0 to 1
 
     def of(self, regions: Regions | None) -> Tensor:
-        return on_device(self.values, regions)
+        return self.values if regions is None else self.fixed(regions.scores.device)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.path == other.path and torch.equal(self.values, other.values)
@@ -255,7 +265,7 @@ def parts(area: Area, kind: type[Union] | type[Intersection]) -> tuple[Area, ...
 
 
 def on_one_grid(areas: Sequence[Tensor]) -> list[Tensor]:
-    size = max((area.shape[-2:] for area in areas), key=math.prod)
+    size = max([area.shape[-2:] for area in areas], key=math.prod)
     return [resized(area, size) for area in areas]
 
 
@@ -272,9 +282,9 @@ def nowhere(area: Area) -> str:
     return f"{area} is nowhere, or nearly: nothing of its own there"
 
 
-def fitted(area: Area, regions: Regions | None, pictures: int, size: Sequence[int]) -> Tensor:
+def fitted(area: Area, regions: Regions | None, pictures: int, size: Sequence[int], device: torch.device) -> Tensor:
     """An area's values (b|1 1 h w) for a batch, which it must be of unless it is of one picture."""
-    values = area(regions, size)
+    values = area(regions, size, device)
     if len(values) not in (1, pictures):
         raise BadInput(f"{area} is of {len(values)} pictures, not of {pictures}")
     return values
@@ -300,7 +310,7 @@ def mask(picture: "str | Path | Tensor | np.ndarray | Image.Image") -> Mask:
             return Mask(str(picture), torch.from_numpy(lightness(image))[None, None])
     try:
         values = picture if isinstance(picture, Tensor) else torch.from_numpy(np.ascontiguousarray(picture))
-        values = values.float()
+        values = values.detach().to("cpu", torch.float32, copy=True)
     except TypeError as error:
         raise BadInput(f"a mask of an array has values from 0 to 1: {error}") from None
     values = values[(None,) * max(0, 4 - values.ndim)]
@@ -309,11 +319,6 @@ def mask(picture: "str | Path | Tensor | np.ndarray | Image.Image") -> Mask:
         what = f"a mask is (h w) or (b 1 h w) with values from 0 to 1; this one is {tuple(picture.shape)}{bounds}"
         raise BadInput(what)
     return Mask(None, values)
-
-
-def on_device(values: Tensor, regions: Regions | None) -> Tensor:
-    """On the device where the regions are."""
-    return values if regions is None else values.to(regions.scores.device)
 
 
 def foreground() -> Foreground:

@@ -126,9 +126,10 @@ class RegionalConditioner:
             words = part.area.needs_regions
             if not part.start <= moment.progress <= part.end or (words and not known):
                 continue
-            area = fitted(part.area, known if words else None, shape[0], tuple(shape[-2:])).float()
-            small = too_small(area)
-            flags[nowhere(part.area)] = small.flatten().expand(shape[0]).to(device)
-            if words or not small.all():  # a mask's values are on the host, a word's are not
-                areas[i] = torch.where(small, 0, area).expand(shape[0], 1, *shape[-2:]).to(device)
+            area = fitted(part.area, known, shape[0], shape[-2:], device).float()
+            # whether a mask is small is asked on the host, which need not wait for a device then
+            small = too_small(area if words else part.area(None, shape[-2:]))
+            flags[nowhere(part.area)] = small.flatten().expand(shape[0])
+            if words or not small.all():
+                areas[i] = torch.where(too_small(area), 0, area).expand(shape[0], 1, *shape[-2:])
         return areas, flags

@@ -10,7 +10,7 @@ from ..errors import BadInput
 from ..guidance import Outputs, Rule
 from ..schedule import Moment
 from ..segment import OFFICIAL, Recipe, Regions
-from .area import Area, area_of, fitted, nowhere, too_small
+from .area import HOST, Area, area_of, fitted, nowhere, too_small
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,7 +58,7 @@ class ByRegion:
         scale = self.base(outputs, regions, moment) * torch.ones_like(like)
         for region in self.regions:
             if region.acts(moment):
-                inside = fitted(region.area, regions, len(like), like.shape[-2:]).to(scale)
+                inside = fitted(region.area, regions, len(like), like.shape[-2:], like.device).to(scale.dtype)
                 wanted = (scale if region.scale is None else torch.full_like(scale, region.scale)) * region.times
                 scale = torch.lerp(scale, wanted, torch.where(too_small(inside), 0, inside).expand_as(scale))
         return scale
@@ -68,5 +68,7 @@ class ByRegion:
         found = self.base.flags(regions, moment) if hasattr(self.base, "flags") else {}
         for region in self.regions:
             if region.acts(moment):
-                found = found | {nowhere(region.area): too_small(region.area.of(regions)).flatten()}
+                # of a mask on the host, where it is known without waiting for a device
+                inside = region.area.of(regions) if region.area.needs_regions else region.area.fixed(HOST)
+                found = found | {nowhere(region.area): too_small(inside).flatten()}
         return found

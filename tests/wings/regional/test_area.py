@@ -280,3 +280,11 @@ def test_words_are_compared_in_one_unicode_form():
     for text, phrase in ((composed, apart), (apart, composed), (apart.upper(), composed)):
         words = [Word("a", 1, 2), Word(text, 2, 4)]
         assert find_phrase(words, phrase) == words[1:]
+
+
+def test_a_mask_keeps_the_values_that_it_was_given():
+    values = torch.zeros(2, 4)
+    area = scfg.mask(values)
+    assert area(None, (2, 4)).sum() == 0 and area.copies
+    values += 1
+    assert area(None, (2, 4)).sum() == 0 and "copies" not in vars(pickle.loads(pickle.dumps(area)))
