@@ -19,7 +19,8 @@ from .errors import BadInput
 # Weights of tokens: 0 for filler, which is excluded. LEAST outside a text's area, where its own map must stay defined:
 # weights below NOWHERE become a bias of SILENCED, because log(1e-30) = -69 is within the range of attention logits.
 LEAST, NOWHERE, SILENCED = 1e-30, 1e-20, -1e4
-AT_ONCE, AT_ONCE_ON_CPU = 2**26, 2**19  # attention probabilities that exist at once: 256 MB; what CPU caches hold
+# probabilities of single heads that are computed at once: 256 MB; what a CPU's cache holds
+AT_ONCE, AT_ONCE_ON_CPU = 2**26, 2**18
 
 
 class Maps(NamedTuple):
@@ -113,30 +114,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool = False) -> Tensor:
     """softmax(q k^T / sqrt d + bias) in fp32, q (b heads n d), k (b heads m d), bias (b 1 n|1 m).
 
-    The mean over heads (b n m), or with `heads` (b heads n m). Some entries, or some pixels of one entry, are computed
-    at a time, so that no whole (b heads n m) need exist.
+    The mean over heads (b n m), or with `heads` (b heads n m). For the mean a few heads are computed at a time, so that
+    no large (b heads n m) ever exists.
     """
-    at_once, scale = AT_ONCE_ON_CPU if q.device.type == "cpu" else AT_ONCE, q.shape[-1] ** -0.5
+    (b, count, n, d), at_once = q.shape, AT_ONCE_ON_CPU if q.device.type == "cpu" else AT_ONCE
+    group = count
+    while not heads and group > 1 and (b * group * n * k.shape[2] > at_once or count % group):
+        group -= 1
     # products of half precision are exact in fp32, in which this sums them
     fast = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad
-    q, k = (q, k) if fast else (q.float() * scale, k.float())
-    pixels = max(1, at_once // (q.shape[1] * k.shape[2]))
-    entries, parts = max(1, pixels // q.shape[2]), list[Tensor]()
-    for i in range(0, len(q), entries):
-        some, keys, of_some = q[i : i + entries], k[i : i + entries].mT, []
-        for j in range(0, q.shape[2], pixels):
-            part = some[:, :, j : j + pixels]
-            if fast:
-                product = torch.bmm(part.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
-                logits = rearrange(product, "(b heads) n m -> b heads n m", b=len(part)) * scale
-            else:
-                logits = part @ keys
-            if bias is not None:
-                logits = logits + (bias if bias.shape[2] == 1 else bias[:, :, j : j + pixels])[i : i + entries]
-            maps = logits.softmax(-1)
-            of_some.append(maps if heads else maps.mean(1))
-        parts += of_some if len(of_some) == 1 else [torch.cat(of_some, -2)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    q, k, maps = q if fast else q.float() * d**-0.5, k if fast else k.float(), list[Tensor]()
+    for i in range(0, count, group):
+        queries, keys = q[:, i : i + group].flatten(0, 1), k[:, i : i + group].flatten(0, 1).mT
+        product = torch.bmm(queries, keys, out_dtype=torch.float32) * d**-0.5 if fast else queries @ keys
+        logits = rearrange(product, "(b heads) n m -> b heads n m", b=b)
+        part = (logits if bias is None else logits + bias).softmax(-1)
+        part = part if heads else part[:, 0] if group == 1 else part.mean(1)
+        maps = [maps[0] + part if maps else part]
+    return maps[0] if group == count else maps[0] * (group / count)
 
 
 class Downsample(nn.Module):

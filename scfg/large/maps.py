@@ -8,8 +8,8 @@ import torch
 
 from ..denoise import Denoiser
 from ..errors import BadInput
+from ..unet import AT_ONCE
 
-HELD = 2  # maps of one block: its entries, and their concatenation; beside them, some heads' logits and probabilities
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
@@ -23,6 +23,8 @@ def check_maps(
     if not (denoiser.segment or denoiser.guidance.recipe):
         return
     needed, free = map_bytes(denoiser, pictures, size, factor), free_memory(device)
+    if device.type != "cpu":  # where more than one head is computed at once
+        free = max(0, free - 2 * AT_ONCE * torch.float32.itemsize)
     if needed > free:
         shrunk = (free / needed) ** 0.25  # of a side: maps have the square of the picture's pixels
         step = factor * denoiser.map_divisor  # multiples of it leave no rest, which would be one more pixel
@@ -34,9 +36,12 @@ def check_maps(
 
 
 def map_bytes(denoiser: Denoiser, pictures: int, size: tuple[int, int], factor: int) -> int:
-    """The most memory that reading regions takes, for the rows uncond and cond."""
+    """The most memory that reading regions takes, for the rows uncond and cond.
+
+    Four maps of one block exist at once: a head's logits and probabilities, the sum over heads without it and with it.
+    """
     pixels = math.prod(math.ceil(side / factor / denoiser.map_divisor) for side in size)
-    return HELD * 2 * pictures * pixels**2 * torch.float32.itemsize
+    return 4 * 2 * pictures * pixels**2 * torch.float32.itemsize
 
 
 def free_memory(device: torch.device) -> float:

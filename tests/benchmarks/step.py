@@ -132,12 +132,12 @@ def part_added(args: argparse.Namespace) -> dict[str, Any]:
     outputs = Outputs(difference, difference, difference, None, difference, difference, MOMENT.dx0_dout)
 
     def added(recipe, rule) -> None:
-        completed = []
-        for (n, _, _), (q, k, words) in zip(sizes, given):
+        completed, rows = [], slice(0 if recipe.foreground == "uncond" else 1, None)  # those whose maps are read
+        for (n, _, _), (q, k, words) in zip(sizes, ([x[rows] for x in of_block] for of_block in given)):
             grid = (int(n**0.5),) * 2
             completed.append(recipe.complete(Maps(probabilities(q, k), probabilities(q, words), grid)))
-        uncond, cond = zip(*(block.chunk(2) for block in completed))
-        regions = recipe.assign(cond, uncond, Tokens(77))
+        uncond = [block[:1] for block in completed] if len(completed[0]) == 2 else None
+        regions = recipe.assign([block[-1:] for block in completed], uncond, Tokens(77))
         1 + rule(outputs, regions, MOMENT), rule.flags(regions, MOMENT)
 
     step = steps(reference_unet(args.family, args.device, args.dtype), config, args.side)["CFG"]
