@@ -53,7 +53,7 @@ def run(args: Namespace) -> Tensor:
         print(line)
     if not latents:
         print(f"nothing to make: {args.out} holds every picture of this command")
-    print(f"load {times[1] - times[0]:.1f} s, sampling {times[2]:.1f} s, decoding and writing {times[3]:.1f} s")
+    print(cli.spent(model, times[1] - times[0], times[2], times[3]))
     return torch.cat(latents) if latents else torch.empty(0, *model.latent_shape(args.size))
 
 

@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import load_parts
 from .config import Config, predicting
-from .denoise import Denoised, Denoiser
+from .denoise import Denoised, Denoiser, step
 from .errors import BadInput, listed, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
 from .samplers import MULTISTEP, SAMPLERS, Denoise, Noise, Sampler, Steps
@@ -84,6 +84,7 @@ class Diffusion:
     unet: UNet
     vae: VAE
     text: Text | None  # may stay on the CPU: its towers are then copied to the device one by one to encode
+    step: Callable[..., Denoised] = step  # what its denoisers compute with; scfg.gpu.compiled replaces it
 
     @property
     def device(self) -> torch.device:
@@ -145,18 +146,24 @@ class Diffusion:
         guidance = named_rule(usual, self.config.scale, self.config) if guidance is None else guidance
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
         check_guidance(guidance)
+        if hasattr(guidance.scale, "on"):  # what does not change of it is placed once
+            guidance = replace(guidance, scale=guidance.scale.on(self.device))
         check_layers(guidance.perturb.layers if guidance.perturb else (), self.unet.transformer_names())
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
         conditioner = prompt.conditioner(self.config, self.device, self.dtype)
-        schedule, divisor = self.config.schedule, self.config.map_divisor
-        denoiser = Denoiser(
-            self.unet, schedule, conditioner, guidance, self.dtype, segment, divisor, capture, self.device
-        )
+        parts = self.unet, self.config.schedule, conditioner, guidance, self.dtype, segment
+        denoiser = Denoiser(*parts, self.config.map_divisor, capture, self.device, self.step)
         if self.config.unet.guidance_dim:
             from .methods import distilled
 
             return distilled(denoiser, self.unet)
         return denoiser
+
+    def compiled(self, backend: str = "inductor") -> "Diffusion":
+        """This model with denoise steps compiled by torch.compile, see scfg.gpu.compiled."""
+        from .gpu import compiled
+
+        return compiled(self, backend)
 
     def spacing(self, sampler: str | Sampler) -> Spacing:
         """The noise levels native to the family, or else usual for the sampler."""
@@ -181,10 +188,11 @@ class Diffusion:
         shape, generators = self.latent_shape(size), [torch.Generator("cpu").manual_seed(seed) for seed in numbers]
 
         def noise() -> Tensor:
-            drawn = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
-            if self.device.type != "cuda":
-                return torch.stack(drawn).to(self.device)
-            return torch.stack(drawn).pin_memory().to(self.device, non_blocking=True)  # the host does not wait
+            drawn = torch.stack(
+                [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+            )
+            cuda = self.device.type == "cuda"  # which reads pinned memory by itself
+            return (drawn.pin_memory() if cuda else drawn).to(self.device, non_blocking=cuda)
 
         return noise
 

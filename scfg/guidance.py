@@ -180,8 +180,10 @@ class Guidance:
         """How the rule wants maps to be read; None where it needs none."""
         return getattr(self.scale, "recipe", None)
 
-    def strength(self, moment: Moment) -> float:
-        return 1.0 if self.when is None else float(self.when(moment))
+    def strength(self, moment: Moment) -> float | Tensor:
+        """How much of the guidance acts at this moment; a tensor within a compiled step."""
+        strength = 1.0 if self.when is None else self.when(moment)
+        return strength if isinstance(strength, Tensor) else float(strength)
 
     def rows(self, moment: Moment) -> tuple[Row, ...]:
         """The rows that the network must evaluate at this moment, in the order of its batch."""
@@ -189,10 +191,14 @@ class Guidance:
             return (COND,)
         return (UNCOND, COND, *([Row("perturbed", "cond", self.perturb.attend)] if self.perturb else []))
 
+    def at(self, moment: Moment) -> "Guidance":
+        """This guidance without the parts that do not act at this moment."""
+        return replace(self, scale=self.scale.at(moment)) if hasattr(self.scale, "at") else self
+
     def combine(self, outputs: Outputs, regions: Regions | None, moment: Moment, state: Any = None) -> Guided:
         """The network's outputs -> the guided one; state is what the step before left."""
         cond, one, strength = outputs.cond, torch.ones_like(outputs.cond[:, :1]), self.strength(moment)
-        if not strength:
+        if outputs.uncond is None or (isinstance(strength, float) and not strength):
             return Guided(cond, one, None, {})  # the direction's state restarts after an unguided step
         if self.direction:
             difference, state = self.direction(outputs, moment, state)

@@ -105,14 +105,13 @@ class Conditioner:
         height and width, in pixels; for the refiner an aesthetic score in place of the last two.
         """
         height, width = (side * self.config.vae.factor for side in shape[-2:])
-        pooled, scores, sizes = self.stack(self.pooled, texts, shape[0]), self.config.aesthetic_scores, []
-        for text in texts:
-            target = (height, width) if scores is None else (scores[text != "uncond"],)
+        pooled, scores, sizes = self.stack(self.pooled, texts, shape[0]), self.config.aesthetic_scores, {}
+        targets = [(height, width) if scores is None else (scores[text != "uncond"],) for text in texts]
+        for target in dict.fromkeys(targets):
             # filled in on the device, since a copy of them would wait for it
             numbers = [pooled.new_full((1,), n, dtype=torch.float32) for n in (height, width, 0, 0, *target)]
-            size = timestep_embedding(torch.cat(numbers), 256).flatten()
-            sizes.append(size.to(pooled.dtype).expand(shape[0], -1))
-        return torch.cat([pooled, torch.cat(sizes)], dim=1)
+            sizes[target] = timestep_embedding(torch.cat(numbers), 256).flatten().to(pooled.dtype).expand(shape[0], -1)
+        return torch.cat([pooled, torch.cat([sizes[target] for target in targets])], dim=1)
 
 
 class Encoded(NamedTuple):

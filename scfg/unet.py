@@ -123,7 +123,8 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool 
         group -= 1
     # products of half precision are exact in fp32, in which this sums them
     fast = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad
-    q, k, maps = q if fast else q.float() * d**-0.5, k if fast else k.float(), list[Tensor]()
+    q, k = (q, k) if fast else (q.float() * d**-0.5, k.float())
+    maps: list[Tensor] = []
     for i in range(0, count, group):
         queries, keys = q[:, i : i + group].flatten(0, 1), k[:, i : i + group].flatten(0, 1).mT
         product = torch.bmm(queries, keys, out_dtype=torch.float32) * d**-0.5 if fast else queries @ keys

@@ -24,7 +24,7 @@ OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", ROOT / "weights" / "
 ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "formats", "methods", "regional"}}
 # Where the spine hands something on to a wing, inside a function and only when it is met.
 HANDED_ON = {("checkpoint", "data"), ("checkpoint", "formats"), ("diffusion", "data"), ("diffusion", "formats")}
-HANDED_ON |= {("diffusion", "large"), ("diffusion", "methods"), ("text", "formats")}
+HANDED_ON |= {("diffusion", "gpu"), ("diffusion", "large"), ("diffusion", "methods"), ("text", "formats")}
 HANDED_ON |= {(module, "checks") for module in ("diffusion", "guidance", "text")}
 
 

@@ -198,6 +198,7 @@ def add_device(parser: Parser) -> None:
         help="where to compute (default: %(default)s)",
     )
     add("--offload", action="store_true", help="keep the text towers off the device but while they encode")
+    add("--compile", action="store_true", help="compile the step first, a minute or more, for faster steps")
     add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],

@@ -19,6 +19,7 @@ from ..diffusion import load as load_model
 from ..edit import check_refiner, hand_over, handover_time
 from ..errors import BadInput
 from ..formats import check_prediction, with_zero_terminal_snr
+from ..gpu import Compiled
 from ..guidance import CFG, RULES, SCFG, Guidance, Perturb, Rule, named_rule
 from ..large import check_maps
 from ..methods import PAG, SEG, Interval, Ramp, Rescale, euler_cfg_pp, lcm
@@ -59,8 +60,16 @@ def load(path: Path | None, args: argparse.Namespace, main: bool = True) -> Diff
         check_prediction(model, args.prediction)
     if main and args.zero_terminal_snr:
         model = with_zero_terminal_snr(model)
+    if args.compile:
+        return model.compiled()
     cpu.pack(model)
     return model
+
+
+def spent(model: Diffusion, load: float, sampling: float, writing: float) -> str:
+    """Where the time went, in seconds."""
+    compiling = f" (compiling {model.step.seconds:.1f} s)" if isinstance(model.step, Compiled) else ""
+    return f"load {load:.1f} s, sampling {sampling:.1f} s{compiling}, decoding and writing {writing:.1f} s"
 
 
 def prompt_of(model: Diffusion, args: argparse.Namespace, sigmas: Sequence[float]) -> RunPrompt:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import BadInput
@@ -40,6 +41,14 @@ class Product:
             what = f"a step's maps are read by one recipe, not by those of {self.first} and {self.second}"
             raise BadInput(f"{what}: give both rules the same")
         return first or second
+
+    def at(self, moment: Moment) -> "Product":
+        """With what acts of both at this moment."""
+        return Product(*(rule.at(moment) if hasattr(rule, "at") else rule for rule in (self.first, self.second)))
+
+    def on(self, device: torch.device) -> "Product":
+        """With what does not change placed on a device."""
+        return Product(*(rule.on(device) if hasattr(rule, "on") else rule for rule in (self.first, self.second)))
 
     def __call__(self, outputs: Outputs, regions: Regions | None, moment: Moment) -> Tensor | float:
         return self.first(outputs, regions, moment) * self.second(outputs, regions, moment)

@@ -3,10 +3,10 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unicodedata import normalize
 
 import numpy as np
@@ -25,7 +25,6 @@ FUNCTION_WORDS = frozenset(
     "a an the of in on at to by with and or left right above below under over next from for is as".split()
 )
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-HOST = torch.device("cpu")
 SMALLEST = 1 / 256  # share of the picture below which an area is not guided on its own
 SIMPLE = re.compile(r"[^|&~(),:'\"\s]+( [^|&~(),:'\"\s]+)*")  # a phrase or path that needs no quotes in a description
 
@@ -48,25 +47,16 @@ class Area:
         return False
 
     def of(self, regions: Regions | None) -> Tensor:
-        """(b|1 1 h w), on any grid; without regions on the host."""
+        """(b|1 1 h w), on any grid."""
         raise NotImplementedError
 
-    def fixed(self, device: torch.device) -> Tensor:
-        """The values of an area that does not change, on a device: copied there once, since the host waits for it."""
-        if device not in self.copies:
-            self.copies[device] = self.of(None).to(device)
-        return self.copies[device]
+    def on(self, device: torch.device) -> "Area":
+        """The same area with what does not change computed once, on a device, since the host waits for copies there."""
+        return self if self.needs_regions else Placed(self, self.of(None).to(device))
 
-    @cached_property
-    def copies(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "copies"}
-
-    def __call__(self, regions: Regions | None, size: Sequence[int], device: torch.device = HOST) -> Tensor:
-        """(b|1 1 h w) of this size, where the regions are; without regions on this device."""
-        return resized(self.fixed(device) if regions is None else self.of(regions), size)
+    def __call__(self, regions: Regions | None, size: Sequence[int]) -> Tensor:
+        """(b|1 1 h w) of this size."""
+        return resized(self.of(regions), size)
 
     def __repr__(self) -> str:
         return str(self)
@@ -96,6 +86,13 @@ class Combined(Area):
     """Several areas as one."""
 
     areas: tuple[Area, ...]
+
+    def on(self, device: torch.device) -> Area:
+        return (
+            replace(self, areas=tuple(area.on(device) for area in self.areas))
+            if self.needs_regions
+            else super().on(device)
+        )
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -130,6 +127,9 @@ class Derived(Area):
 
     area: Area
 
+    def on(self, device: torch.device) -> Area:
+        return replace(self, area=self.area.on(device)) if self.needs_regions else super().on(device)
+
     @property
     def phrases(self) -> tuple[str, ...]:
         return self.area.phrases
@@ -153,12 +153,23 @@ class Feathered(Derived):
     times: int
 
     def of(self, regions: Regions | None) -> Tensor:
-        if regions is not None and not self.needs_regions:
-            return self.fixed(regions.scores.device)
         return reduce(lambda area, _: blur(area), range(self.times), self.area.of(regions))
 
     def __str__(self) -> str:
         return f"feathered({self.area}, {self.times})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Placed(Derived):
+    """An area that does not change, on a device."""
+
+    values: Tensor  # (b|1 1 h w)
+
+    def of(self, regions: Regions | None) -> Tensor:
+        return self.values
+
+    def __str__(self) -> str:
+        return str(self.area)
 
 
 @dataclass(frozen=True, repr=False)
@@ -233,7 +244,7 @@ class Mask(Area):
     values: Tensor  # (b|1 1 h w), 0 to 1
 
     def of(self, regions: Regions | None) -> Tensor:
-        return self.values if regions is None else self.fixed(regions.scores.device)
+        return self.values
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.path == other.path and torch.equal(self.values, other.values)
@@ -282,9 +293,9 @@ def nowhere(area: Area) -> str:
     return f"{area} is nowhere, or nearly: nothing of its own there"
 
 
-def fitted(area: Area, regions: Regions | None, pictures: int, size: Sequence[int], device: torch.device) -> Tensor:
+def fitted(area: Area, regions: Regions | None, pictures: int, size: Sequence[int]) -> Tensor:
     """An area's values (b|1 1 h w) for a batch, which it must be of unless it is of one picture."""
-    values = area(regions, size, device)
+    values = area(regions, size)
     if len(values) not in (1, pictures):
         raise BadInput(f"{area} is of {len(values)} pictures, not of {pictures}")
     return values
@@ -331,6 +342,7 @@ def words(phrase: str, soft: bool = False, against_all: bool = False) -> Words:
     return Words(phrase, soft, against_all)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers do not know Unicode
 def find_phrase(words: Sequence[Word], phrase: str) -> list[Word]:
     """Every word that is part of the phrase where it occurs in the prompt.
 

@@ -71,7 +71,8 @@ class RegionalPrompt:
 
     def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "RegionalConditioner":
         prompts = tuple(part.prompt.conditioner(config, device, dtype) for part in self.parts)
-        return RegionalConditioner(self.whole.conditioner(config, device, dtype), self.parts, prompts)
+        placed = tuple(part.area.on(device) for part in self.parts)
+        return RegionalConditioner(self.whole.conditioner(config, device, dtype), self.parts, prompts, placed)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class RegionalConditioner:
     whole: Conditioner
     parts: tuple[Part, ...]
     prompts: tuple[Conditioner, ...]  # of the parts
+    placed: tuple[Area, ...]  # theirs
 
     @property
     def layout(self) -> Tokens:
@@ -93,7 +95,7 @@ class RegionalConditioner:
         """
         whole = self.whole.condition(rows, moment, previous, shape)
         rows = whole.rows or rows
-        areas, flags = self.areas(moment, previous, shape, whole.tokens.device)
+        areas, flags = self.areas(moment, previous, shape)
         if not areas:
             return whole._replace(flags=flags)
 
@@ -117,19 +119,16 @@ class RegionalConditioner:
             weights.append(weighed(own, area.clamp_min(LEAST), 0 * area))
         return whole._replace(tokens=torch.cat(tokens, 1), weight=torch.cat(weights, 1), flags=flags)
 
-    def areas(
-        self, moment: Moment, previous: Any, shape: Sequence[int], device: torch.device
-    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    def areas(self, moment: Moment, previous: Any, shape: Sequence[int]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The areas (b 1 h w) of the parts that act, and in which pictures (b) one is nearly nowhere."""
         known, areas, flags = previous.regions if previous else None, {}, {}
         for i, part in enumerate(self.parts):
             words = part.area.needs_regions
             if not part.start <= moment.progress <= part.end or (words and not known):
                 continue
-            area = fitted(part.area, known, shape[0], shape[-2:], device).float()
+            area = fitted(self.placed[i], known, shape[0], shape[-2:]).float()
+            flags[nowhere(part.area)] = too_small(area).flatten().expand(shape[0])
             # whether a mask is small is asked on the host, which need not wait for a device then
-            small = too_small(area if words else part.area(None, shape[-2:]))
-            flags[nowhere(part.area)] = small.flatten().expand(shape[0])
-            if words or not small.all():
+            if words or not too_small(part.area(None, shape[-2:])).all():
                 areas[i] = torch.where(too_small(area), 0, area).expand(shape[0], 1, *shape[-2:])
         return areas, flags

@@ -1,6 +1,6 @@
 """A guidance scale of its own by region."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ..errors import BadInput
 from ..guidance import Outputs, Rule
 from ..schedule import Moment
 from ..segment import OFFICIAL, Recipe, Regions
-from .area import HOST, Area, area_of, fitted, nowhere, too_small
+from .area import Area, area_of, fitted, nowhere, too_small
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,7 +30,7 @@ class Region:
             raise BadInput(f"a region acts from start to end, shares of the run, not from {self.start} to {self.end}")
 
     def acts(self, moment: Moment) -> bool:
-        return self.start <= moment.progress <= self.end
+        return (self.start, self.end) == (0, 1) or self.start <= moment.progress <= self.end
 
     def __repr__(self) -> str:
         facts = ("scale", self.scale, None), ("times", self.times, 1), ("from", self.start, 0), ("to", self.end, 1)
@@ -53,12 +53,23 @@ class ByRegion:
         needed = any(region.area.needs_regions for region in self.regions)
         return getattr(self.base, "recipe", None) or (OFFICIAL if needed else None)
 
+    def at(self, moment: Moment) -> "ByRegion":
+        """With the regions that act at this moment, without their beginnings and ends."""
+        base = self.base.at(moment) if hasattr(self.base, "at") else self.base
+        acting = [replace(region, start=0.0, end=1.0) for region in self.regions if region.acts(moment)]
+        return ByRegion(base, tuple(acting))
+
+    def on(self, device: torch.device) -> "ByRegion":
+        """With areas that do not change placed on a device."""
+        base = self.base.on(device) if hasattr(self.base, "on") else self.base
+        return ByRegion(base, tuple(replace(region, area=region.area.on(device)) for region in self.regions))
+
     def __call__(self, outputs: Outputs, regions: Regions | None, moment: Moment) -> Tensor:
         like = outputs.difference[:, :1]
         scale = self.base(outputs, regions, moment) * torch.ones_like(like)
         for region in self.regions:
             if region.acts(moment):
-                inside = fitted(region.area, regions, len(like), like.shape[-2:], like.device).to(scale.dtype)
+                inside = fitted(region.area, regions, len(like), like.shape[-2:]).to(scale)
                 wanted = (scale if region.scale is None else torch.full_like(scale, region.scale)) * region.times
                 scale = torch.lerp(scale, wanted, torch.where(too_small(inside), 0, inside).expand_as(scale))
         return scale
@@ -68,7 +79,5 @@ class ByRegion:
         found = self.base.flags(regions, moment) if hasattr(self.base, "flags") else {}
         for region in self.regions:
             if region.acts(moment):
-                # of a mask on the host, where it is known without waiting for a device
-                inside = region.area.of(regions) if region.area.needs_regions else region.area.fixed(HOST)
-                found = found | {nowhere(region.area): too_small(inside).flatten()}
+                found = found | {nowhere(region.area): too_small(region.area.of(regions)).flatten()}
         return found

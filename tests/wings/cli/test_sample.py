@@ -299,6 +299,7 @@ READ = {  # every option: what is given, and what is read
     "tokenizer": (["folder"], Path("folder")),
     "device": (["cpu"], "cpu"),
     "offload": ([], True),
+    "compile": ([], True),
     "dtype": (["float16"], "float16"),
     "out": (["elsewhere"], Path("elsewhere")),
 }
@@ -321,6 +322,7 @@ DEFAULTS |= {
     "zero_terminal_snr": False,
     "verbose": False,
     "offload": False,
+    "compile": False,
     "out": Path("out"),
     "device": "cuda" if torch.cuda.is_available() else "cpu",
 }
@@ -617,3 +619,13 @@ def test_warnings_are_no_errors_whatever_the_environment_says(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONWARNINGS", "error::UserWarning")
     done = script("a zebra", "--steps", "1", folder=tmp_path)
     assert done.returncode == 0 and "warning: this model never saw 'zebra'" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_timed_and_make_the_same_picture(tmp_path, capsys):
+    torch._dynamo.reset()
+    plain = made(tmp_path, "--steps", "2")
+    assert "compiling" not in capsys.readouterr().out
+    compiled = made(tmp_path, "--steps", "2", "--compile")
+    assert re.search(r"sampling [\d.]+ s \(compiling [\d.]+ s\)", capsys.readouterr().out)
+    assert (compiled - plain).abs().max() < 1e-3 * plain.abs().max()

@@ -285,6 +285,23 @@ def test_words_are_compared_in_one_unicode_form():
 def test_a_mask_keeps_the_values_that_it_was_given():
     values = torch.zeros(2, 4)
     area = scfg.mask(values)
-    assert area(None, (2, 4)).sum() == 0 and area.copies
     values += 1
-    assert area(None, (2, 4)).sum() == 0 and "copies" not in vars(pickle.loads(pickle.dumps(area)))
+    assert area(None, (2, 4)).sum() == 0
+
+
+def test_what_does_not_change_of_an_area_is_computed_once():
+    half = scfg.mask(torch.eye(4)[:2])
+    for area in (
+        half,
+        ~half,
+        half.feathered(2),
+        half | ~half,
+        (half & scfg.words("car")).feathered(1),
+        scfg.words("car"),
+    ):
+        placed = area.on(torch.device("cpu"))
+        assert torch.equal(placed(REGIONS, (2, 4)), area(REGIONS, (2, 4))) and str(placed) == str(area)
+        assert placed.needs_regions == area.needs_regions and placed.phrases == area.phrases
+    assert half.feathered(2).on("cpu").of(None) is not half.feathered(2).of(None)
+    fixed = half.feathered(2).on("cpu")
+    assert fixed.of(None) is fixed.of(None)

@@ -1,0 +1,68 @@
+"""The denoise step compiled by torch.compile, as one graph for every set of rows."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+from ..denoise import Asked, Denoised, Denoiser, step
+from ..diffusion import Diffusion
+from ..errors import BadInput, one_line
+from ..schedule import Moment
+
+MOST_GRAPHS = 32  # torch's own 8 are few for regions, intervals and prompts that change; past them it would go on plain
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A moment's strength of guidance, as the `when` slot of a Guidance."""
+
+    value: Tensor
+
+    def __call__(self, moment: Moment) -> Any:
+        return self.value
+
+
+class Compiled:
+    """`denoise.step`, compiled when it is first needed: what a Denoiser computes with.
+
+    The numbers of a moment become tensors on the device, so that all noise levels share a graph. There is one for each
+    set of rows, of acting regions and of shapes.
+    """
+
+    def __init__(self, backend: Any = "inductor"):
+        self.step = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+        self.seconds = 0.0  # that went into calls that compiled something
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, now: Moment, calls: Sequence[Asked], state: Any) -> Denoised:
+        """As `step`; raises BadInput for what cannot be compiled, here or at all."""
+        numbers: Any = [x.new_full((), number, dtype=torch.float64) for number in now]
+        strength, when = float(denoiser.guidance.strength(now)), None
+        if strength not in (0, 1):  # with 0 there is no unconditional row to guide by
+            when = Strength(x.new_full((), strength))
+        denoiser = replace(denoiser, guidance=replace(denoiser.guidance, when=when))
+        started, graphs = time.perf_counter(), counters["stats"]["unique_graphs"]
+        try:
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                denoised: Denoised = self.step(denoiser, x, Moment(*numbers), calls, state)
+        except TorchDynamoException as error:
+            raise BadInput(f"this step cannot be compiled, do without: {one_line(str(error))}") from error
+        if counters["stats"]["unique_graphs"] > graphs:
+            self.seconds += time.perf_counter() - started
+        return denoised
+
+
+def compiled(model: Diffusion, backend: Any = "inductor") -> Diffusion:
+    """A model whose denoise steps are compiled: faster after a first step that takes a minute or more.
+
+    The weights of its U-Net, which it shares with the model, are laid out channels last, in place. Results differ by
+    rounding. backend: torch.compile's. A step that cannot become one graph raises BadInput, such as one with a rule
+    that asks for numbers of tensors; so does a machine without a C++ compiler.
+    """
+    model.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return replace(model, step=Compiled(backend))
