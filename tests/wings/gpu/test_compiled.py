@@ -9,17 +9,16 @@ from families import FAMILIES, small
 from test_gpu import GUIDANCES, MASK, network, random_prompt, rules_of_words
 
 import scfg
-from scfg import CFG, SCFG, ByRegion, Guidance, Part, Region, RegionalPrompt
+from scfg import CFG, SCFG, Guidance, Part, RegionalPrompt
 from scfg.gpu import Compiled, compiled
 from scfg.gpu.compiled import MOST_GRAPHS
 from scfg.prompting import encode
 
 pytestmark = pytest.mark.slow  # tracing takes ten seconds a graph
-CASES = {name: GUIDANCES[name] for name in ("cfg", "scfg", "paper", "mask", "pag", "apg", "ramp", "fdg")}
+CASES = {name: GUIDANCES[name] for name in ("cfg", "scfg", "paper", "mask", "pag", "apg", "ramp")}
 CASES["interval"] = Guidance(scale=SCFG(5.0), when=scfg.Interval(1.0, 5.0))
 CASES["words"] = rules_of_words()["words"]
-CASES["late"] = ByRegion(SCFG(5.0), (Region("car", scale=7.0, end=0.5),))
-GRAPHS = dict.fromkeys(CASES, 1) | {"interval": 2, "apg": 2, "late": 2}  # APG's first step has no running difference
+GRAPHS = dict.fromkeys(CASES, 1) | {"interval": 2, "apg": 2}  # APG's first step has no running difference
 
 
 class Counted:
@@ -35,12 +34,12 @@ class Counted:
 
 @torch.no_grad()
 def graphs_of(model: scfg.Diffusion, prompt: object, guidance: object, x: torch.Tensor) -> int:
-    """How many graphs a run of six levels has, which must be what the plain steps are."""
+    """How many graphs a run of four levels has, which must be what the plain steps are."""
     torch._dynamo.reset()
     counted = Counted()
     plain, ours = model.denoiser(prompt, guidance), replace(model, step=Compiled(counted)).denoiser(prompt, guidance)
     expected = found = None
-    for sigma in (9.0, 7.0, 4.0, 3.0, 2.0, 0.5):
+    for sigma in (9.0, 4.0, 2.0, 0.5):
         expected, found = plain(x * sigma, sigma, expected), ours(x * sigma, sigma, found)
         assert (found.x0 - expected.x0).abs().max() <= 1e-5 * expected.x0.abs().max()
         assert torch.equal(found.scale > 1, expected.scale > 1) and found.flags.keys() == expected.flags.keys()
@@ -73,9 +72,10 @@ def test_more_than_torchs_own_number_of_graphs_is_allowed(flat):
     torch._dynamo.reset()
     counted = Counted()
     denoise = replace(flat, step=Compiled(counted)).denoiser("a red car", CFG(3.0))
-    for side in range(8, 8 + torch._dynamo.config.recompile_limit + 2):
-        denoise(seeded(1, 4, 8, side), 3.0)
-    assert torch._dynamo.config.recompile_limit < counted.count < MOST_GRAPHS
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for side in (8, 9, 10):
+            denoise(seeded(1, 4, 8, side), 3.0)
+    assert counted.count == 3 < MOST_GRAPHS
 
 
 def test_a_rule_that_asks_for_numbers_is_one_line(flat):
