@@ -111,7 +111,7 @@ class Denoiser:
         rows = self.guidance.rows(now)
         recipe = self.segment or (self.guidance.recipe if len(rows) > 1 else None)
         acting, calls = replace(self, guidance=self.guidance.at(now), segment=recipe), []
-        for attend in dict.fromkeys(row.attend for row in rows):
+        for attend in dict.fromkeys([row.attend for row in rows]):
             calls.append(acting.asked([row for row in rows if row.attend == attend], x, now, previous))
         denoised = self.compute(acting, x, now, calls, previous.state if previous else None)
 

@@ -94,14 +94,15 @@ class Recipe:
         of zeros are uniform, and comparing them would compare rounding errors. The start tokens of a long prompt are
         identical, so only the first may own pixels. A token that nothing attends to owns nothing.
         """
-        grids = list(dict.fromkeys(layer.shape[-2:] for layer in cond))
+        grids = list(dict.fromkeys([layer.shape[-2:] for layer in cond]))
         size = max(grids, key=math.prod)
         uncond = uncond if self.foreground == "uncond" else None
-        scores = attention = cond[0].new_zeros(())  # sums over layers
-        for grid in grids:  # the layers of one grid are computed together
-            chosen = [i for i, layer in enumerate(cond) if layer.shape[-2:] == grid]
+        scores, sums = cond[0].new_zeros(()), []  # over layers; of the start token and of all others, (l b 2 h w)
+        same = [[i for i, layer in enumerate(cond) if layer.shape[-2:] == grid] for grid in grids]
+        # the layers of one grid together, since a GPU takes few large operations; on a CPU one by one, to save memory
+        for chosen in [[i] for layers in same for i in layers] if cond[0].is_cpu else same:
             rows = torch.cat([half[i] for half in (cond, uncond) if half is not None for i in chosen])
-            rows = rows if grid == size else F.interpolate(rows, size=size, mode="bilinear")
+            rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
             rows = rearrange(blur(rows) if self.smooth else rows, "(l b) t h w -> l b t h w", b=len(cond[0]))
             layers, source = rows[: len(chosen)], rows[-len(chosen) :]  # source: of the foreground
             total = layers.mean((-2, -1), keepdim=True) + 1e-8
@@ -112,17 +113,16 @@ class Recipe:
                 if uncond is not None and tokens.zero_uncond is not None:
                     source = torch.where(tokens.zero_uncond[:, None, None, None], layers, source)
                 by_place = rearrange(source, "l b (chunks t) h w -> l b t chunks h w", t=tokens.chunk)
-                sums = torch.stack([by_place[:, :, 0].sum(2), by_place[:, :, 1:].sum((2, 3))], 2)
-                attention = attention + relative(sums).sum(0)  # of the start token and of all others
-        if scores.shape[1] > tokens.chunk:  # the later start tokens own nothing
-            counts = scores.new_ones(scores.shape[1], 1, 1)
-            counts[tokens.chunk :: tokens.chunk] = 0
-            scores = scores * counts
+                sums.append(torch.stack([by_place[:, :, 0].sum(2), by_place[:, :, 1:].sum((2, 3))], 2))
+        counts = scores.new_ones(scores.shape[1], 1, 1)
+        counts[tokens.chunk :: tokens.chunk] = 0  # the later start tokens
+        scores = scores * counts
         best = scores.argmax(1, keepdim=True)
         owners = torch.zeros_like(scores).scatter(1, best, 1.0)
         if self.ties:
             owners = (scores == scores.amax(1, keepdim=True)).to(scores.dtype)
-        foreground = best % tokens.chunk != 0 if self.foreground == "assigned" else attention[:, 1:] > attention[:, :1]
+        attention = relative(torch.cat(sums)).sum(0) if sums else None
+        foreground = best % tokens.chunk != 0 if attention is None else attention[:, 1:] > attention[:, :1]
         return Regions(owners, foreground.to(scores.dtype), scores, tokens.words)
 
 
