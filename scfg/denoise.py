@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import BadInput, shown
 from .guidance import COND, Guidance, Outputs, Row
 from .schedule import Moment, Schedule
-from .segment import Recipe, Regions
+from .segment import Recipe, Regions, Tokens
 from .text import Conditioner
 from .unet import Capture, Conditioning, Maps, exact
 
@@ -26,6 +26,7 @@ class Asked(NamedTuple):
     evaluated: Sequence[Row]  # those that the network evaluates for them, in the order of its batch
     read: Sequence[Row]  # of these, those whose maps are read
     conditioning: Conditioning
+    layout: Tokens  # of the tokens that its maps describe
     capture: Capture | None
     pixels: int  # regions are read from blocks of at most so many
 
@@ -68,13 +69,10 @@ def step(denoiser: "Denoiser", x: Tensor, now: Moment, calls: Sequence[Asked], s
             evaluated.out[row.name] = of_row.to(x.dtype)
         for i, row in enumerate(call.read):
             evaluated.completed[row.name] = [block.chunk(len(call.read))[i] for block in captured.values()]
-    conditioning = calls[-1].conditioning
-    out, completed = conditioning.merge(evaluated, [row for call in calls for row in call.rows])
+    out, completed = calls[-1].conditioning.merge(evaluated, [row for call in calls for row in call.rows])
     cond, uncond, perturbed = out["cond"], out.get("uncond"), out.get("perturbed")
 
-    regions, layout = None, conditioning.layout or denoiser.prompt.layout
-    if recipe:
-        regions = recipe.assign(completed["cond"], completed.get("uncond"), layout)
+    regions = recipe.assign(completed["cond"], completed.get("uncond"), calls[-1].layout) if recipe else None
     difference = None if uncond is None else cond - uncond
     x0 = now.to_x0(x, cond)
     outputs = Outputs(x, cond, uncond, perturbed, difference, x0, now.dx0_dout)  # type: ignore[arg-type]
@@ -116,7 +114,7 @@ class Denoiser:
         denoised = self.compute(acting, x, now, calls, previous.state if previous else None)
 
         flags = {name: where for call in calls for name, where in call.conditioning.flags.items()}
-        zeros = (calls[-1].conditioning.layout or self.prompt.layout).zero_uncond
+        zeros = calls[-1].layout.zero_uncond
         if recipe and recipe.foreground == "uncond" and len(rows) > 1 and zeros is not None:
             flags[ZEROS] = zeros
         counts = dict(previous.flags) if previous else {}
@@ -137,4 +135,4 @@ class Denoiser:
             if evaluated is rows and (recipe.foreground != "uncond" or layout.all_zero):  # nothing reads uncond's maps
                 first, read = len(x) * rows.index(COND), [COND]
                 capture = capture._replace(entries=slice(first, first + len(x)))
-        return Asked(rows, evaluated, read, conditioning, capture, pixels)
+        return Asked(rows, evaluated, read, conditioning, layout, capture, pixels)

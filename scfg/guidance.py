@@ -47,8 +47,9 @@ class Guided(NamedTuple):
     flags: dict[str, Tensor]  # messages for the user -> (b|1) the pictures that they are true of
 
 
-# A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Two attributes are optional: `recipe`, by which
-# its regions are read (without it they are None), and `flags(regions, moment) -> {message: (b|1) bool}`.
+# A rule: (outputs, regions, moment) -> scale map (b 1 h w) or a number. Four attributes are optional: `recipe`, by
+# which its regions are read (without it they are None); `flags(regions, moment) -> {message: (b|1) bool}`;
+# `on(device)`, the rule with its fixed tensors there; `at(moment)`, the rule without what does not act at that moment.
 Rule = Callable[[Outputs, Any, Moment], Tensor | float]  # Any: Regions, or None for a rule without a recipe
 
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .unet import LEAST, Maps
+from .unet import AT_ONCE, AT_ONCE_ON_CPU, LEAST, Maps
 
 
 class Word(NamedTuple):
@@ -62,6 +62,13 @@ def relative(x: Tensor) -> Tensor:
     return x / x.mean((-2, -1), keepdim=True).clamp_min(LEAST)
 
 
+def together(layers: Sequence[Tensor], grid: Sequence[int]) -> list[list[int]]:
+    """The numbers of the layers (b t h w) on a grid, in parts that are small enough to be computed at once."""
+    same = [i for i, layer in enumerate(layers) if layer.shape[-2:] == grid]
+    most = max(1, (AT_ONCE_ON_CPU if layers[0].is_cpu else AT_ONCE) // layers[same[0]].numel())
+    return [same[i : i + most] for i in range(0, len(same), most)]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How attention maps are read as regions."""
@@ -98,9 +105,7 @@ class Recipe:
         size = max(grids, key=math.prod)
         uncond = uncond if self.foreground == "uncond" else None
         scores, sums = cond[0].new_zeros(()), []  # over layers; of the start token and of all others, (l b 2 h w)
-        same = [[i for i, layer in enumerate(cond) if layer.shape[-2:] == grid] for grid in grids]
-        # the layers of one grid together, since a GPU takes few large operations; on a CPU one by one, to save memory
-        for chosen in [[i] for layers in same for i in layers] if cond[0].is_cpu else same:
+        for chosen in [part for grid in grids for part in together(cond, grid)]:
             rows = torch.cat([half[i] for half in (cond, uncond) if half is not None for i in chosen])
             rows = rows if rows.shape[-2:] == size else F.interpolate(rows, size=size, mode="bilinear")
             rows = rearrange(blur(rows) if self.smooth else rows, "(l b) t h w -> l b t h w", b=len(cond[0]))

@@ -19,7 +19,7 @@ from .errors import BadInput
 # Weights of tokens: 0 for filler, which is excluded. LEAST outside a text's area, where its own map must stay defined:
 # weights below NOWHERE become a bias of SILENCED, because log(1e-30) = -69 is within the range of attention logits.
 LEAST, NOWHERE, SILENCED = 1e-30, 1e-20, -1e4
-# probabilities of single heads that are computed at once: 256 MB; what a CPU's cache holds
+# numbers of maps that are computed at once, where that is fewer than all: 256 MB; what a CPU's cache holds
 AT_ONCE, AT_ONCE_ON_CPU = 2**26, 2**18
 
 
@@ -124,15 +124,15 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None = None, heads: bool 
     # products of half precision are exact in fp32, in which this sums them
     fast = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and not q.requires_grad
     q, k = (q, k) if fast else (q.float() * d**-0.5, k.float())
-    maps: list[Tensor] = []
+    total: Any = None  # a tensor after the first group
     for i in range(0, count, group):
         queries, keys = q[:, i : i + group].flatten(0, 1), k[:, i : i + group].flatten(0, 1).mT
         product = torch.bmm(queries, keys, out_dtype=torch.float32) * d**-0.5 if fast else queries @ keys
         logits = rearrange(product, "(b heads) n m -> b heads n m", b=b)
-        part = (logits if bias is None else logits + bias).softmax(-1)
-        part = part if heads else part[:, 0] if group == 1 else part.mean(1)
-        maps = [maps[0] + part if maps else part]
-    return maps[0] if group == count else maps[0] * (group / count)
+        maps = (logits if bias is None else logits + bias).softmax(-1)
+        mean = maps if heads else maps[:, 0] if group == 1 else maps.mean(1)
+        total = mean if total is None else total + mean
+    return total if group == count else total * (group / count)
 
 
 class Downsample(nn.Module):

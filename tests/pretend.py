@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import cpp_extension
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.cpp_extension import include_paths, library_paths
 
 CUDA = torch.device("cuda:0")
 # what launches no kernel: views and memory
@@ -36,9 +36,8 @@ plain_attention = F.scaled_dot_product_attention
 def guard() -> None:
     """Compile and load the device guard, for the life of the process; needs g++."""
     built = Path(tempfile.mkdtemp()) / "guard.so"
-    folders = [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    how = ["-shared", "-fPIC", "-std=c++20", *folders, *libraries]
+    folders = [f"-I{folder}" for folder in include_paths()] + [f"-L{folder}" for folder in library_paths()]
+    how = ["-shared", "-fPIC", "-std=c++20", *folders]
     source = Path(__file__).with_name("pretend_guard.cpp")
     subprocess.run(["g++", *how, str(source), "-lc10", "-o", str(built)], check=True)
     ctypes.CDLL(str(built))

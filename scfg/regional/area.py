@@ -168,6 +168,12 @@ class Placed(Derived):
     def of(self, regions: Regions | None) -> Tensor:
         return self.values
 
+    def __eq__(self, other: object) -> bool:
+        return self.area == (other.area if isinstance(other, Placed) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.area)
+
     def __str__(self) -> str:
         return str(self.area)
 
@@ -247,7 +253,9 @@ class Mask(Area):
         return self.values
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.path == other.path and torch.equal(self.values, other.values)
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self.path == other.path and torch.equal(self.values, other.values)
 
     def __hash__(self) -> int:
         return hash((self.path, self.values.shape))

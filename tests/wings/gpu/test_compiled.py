@@ -1,5 +1,6 @@
 """The compiled step: one graph for every set of rows, whose results are the plain step's."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,9 @@ from families import FAMILIES, small
 from test_gpu import GUIDANCES, MASK, network, random_prompt, rules_of_words
 
 import scfg
-from scfg import CFG, SCFG, Guidance, Part, RegionalPrompt
+from scfg import CFG, SCFG, ByRegion, Guidance, Part, RegionalPrompt
 from scfg.gpu import Compiled, compiled
-from scfg.gpu.compiled import MOST_GRAPHS
+from scfg.gpu.compiled import MOST_GRAPHS, reads_words
 from scfg.prompting import encode
 
 pytestmark = pytest.mark.slow  # tracing takes ten seconds a graph
@@ -102,6 +103,18 @@ def test_a_compiled_model_makes_the_same_picture_and_says_what_compiling_took():
     (*_, expected), (*_, found) = (one.sample("a red car on grass", SCFG(2.0), steps=3) for one in (plain, model))
     assert 0 < (found.latent - expected.latent).abs().max() < 1e-4 * expected.latent.abs().max()
     took = model.step.seconds
-    list(model.sample("a blue star on sand", SCFG(3.0), steps=2, seeds=5))
-    assert took > 1 and model.step.seconds - took < 1
+    *_, other = model.sample("two blue stars left of a red car", SCFG(2.0), steps=2, seeds=5)
+    assert took > 1 and model.step.seconds == took and len(other.denoised.regions.words[0]) == 8
+    list(model.sample("a red car on grass", SCFG(3.0), steps=1))
+    assert model.step.seconds > took  # its scale is a constant in a graph of its own
     assert isinstance(compiled(plain).step, Compiled)
+    assert pickle.loads(pickle.dumps(model)).step.seconds == 0
+
+
+def test_rules_that_read_no_words_share_their_graph_between_prompts():
+    rules = GUIDANCES | rules_of_words() | {"a caller's": lambda outputs, regions, moment: 2.0}
+    reading = {name for name, rule in rules.items() if reads_words(getattr(rule, "scale", rule))}
+    assert reading == {"words"}
+    own = Guidance(scale=lambda outputs, regions, moment: 2.0).scale
+    own.recipe = scfg.OFFICIAL
+    assert reads_words(own) and reads_words(scfg.Product(SCFG(2.0), own)) and reads_words(ByRegion(own, ()))

@@ -12,6 +12,7 @@ import scfg
 from scfg import CFG, SCFG
 from scfg.large import check_maps
 from scfg.large.maps import free_memory, map_bytes
+from scfg.unet import AT_ONCE
 
 CAPTION = "a red car on grass"
 
@@ -71,3 +72,14 @@ def test_free_memory_is_at_most_a_containers_and_unknown_elsewhere(tmp_path, mon
     assert free_memory(torch.device("cpu")) > 1e8
     monkeypatch.setattr("scfg.large.maps.LIMITS", [tmp_path / "max", tmp_path / "limit"])
     assert free_memory(torch.device("cpu")) == 0
+
+
+def test_on_a_gpu_there_must_be_room_for_the_heads_that_are_computed_at_once(flat, monkeypatch):
+    denoiser, factor = flat.denoiser(CAPTION, SCFG(4.0)), flat.config.vae.factor
+    needed, beside = map_bytes(denoiser, 1, (800, 800), factor), 2 * AT_ONCE * 4
+    monkeypatch.setattr("scfg.large.maps.free_memory", lambda device: needed + beside)
+    check_maps(denoiser, torch.device("cuda"), 1, (800, 800), factor)
+    monkeypatch.setattr("scfg.large.maps.free_memory", lambda device: needed + beside - 1)
+    check_maps(denoiser, torch.device("cpu"), 1, (800, 800), factor)
+    with pytest.raises(scfg.BadInput, match="would fit$"):
+        check_maps(denoiser, torch.device("cuda"), 1, (800, 800), factor)

@@ -302,6 +302,7 @@ def test_what_does_not_change_of_an_area_is_computed_once():
         placed = area.on(torch.device("cpu"))
         assert torch.equal(placed(REGIONS, (2, 4)), area(REGIONS, (2, 4))) and str(placed) == str(area)
         assert placed.needs_regions == area.needs_regions and placed.phrases == area.phrases
+        assert placed == area and area == placed and hash(placed) == hash(area) and placed != scfg.words("star")
     assert half.feathered(2).on("cpu").of(None) is not half.feathered(2).of(None)
     fixed = half.feathered(2).on("cpu")
     assert fixed.of(None) is fixed.of(None)
