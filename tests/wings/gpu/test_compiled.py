@@ -63,11 +63,12 @@ def test_every_family_is_one_graph(family):
     assert graphs_of(network(config), random_prompt(config, family == "sdxl"), SCFG(5.0), seeded(1, 4, 16, 24)) == 1
 
 
-def test_prompts_that_change_or_have_regions_are_two_graphs(flat):
-    """By step or with AND as many as they have kinds of steps."""
+def test_prompts_that_change_share_a_graph_and_regions_have_their_own(flat):
+    """The base of a regional prompt is a second call, which reads other rows."""
     whole, own = flat.prompt("a red car left of a blue star"), flat.prompt("a green star")
     language = encode(flat, "a red [car|star] AND a blue star:0.7", None, None, flat.sigmas(3))
-    assert graphs_of(flat, language, SCFG(5.0), seeded(1, 4, 8, 8)) == 2
+    assert len({step.words for step in language.steps}) == 2
+    assert graphs_of(flat, language, SCFG(5.0), seeded(1, 4, 8, 8)) == 1
     regional = RegionalPrompt(whole, (Part(scfg.mask(MASK), own, base=0.2), Part("car", own)))
     assert graphs_of(flat, regional, SCFG(5.0), seeded(1, 4, 8, 8)) == 2
 
