@@ -1,5 +1,6 @@
 """What callers give, checked before any work: each of these raises BadInput with one line that says what to give."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import Config, TextConfig
 from .errors import BadInput, listed, shown, whole_number
 from .schedule import HIGHEST, Prediction
 from .unet import Capture
@@ -51,12 +52,27 @@ def check_context(context: Mapping[str, Any], pooled: Mapping[str, Any], config:
             raise BadInput(f"a prompt's context is tensors (b t {width}); {text} is {shown(states)}")
 
 
+def clip_skip(layer_from_end: int | None, towers: Sequence[TextConfig]) -> int | None:
+    """The layer of text towers that was asked for, counted from the last that their files have; None: none was."""
+    if layer_from_end is None:
+        return None
+    layers, least = min(tower.layers for tower in towers), 1 + towers[0].left_out
+    return whole_number("clip skip", layer_from_end, least, layers + least - 1) - least + 1
+
+
 def check_readers(segment: Any, capture: Any) -> None:
     """Raise BadInput for what reads no regions, or captures no maps."""
     if segment is not None and not (hasattr(segment, "complete") and hasattr(segment, "assign")):
         raise BadInput(f"segment is a Recipe, such as scfg.OFFICIAL, not {shown(segment)}")
     if capture is not None and not isinstance(capture, Capture):
         raise BadInput(f"capture is a Capture, such as scfg.Capture(pixels=256), not {shown(capture)}")
+
+
+def check_sent(sent: Any, x: Tensor) -> None:
+    """Raise BadInput for what cannot take the place of a run's x."""
+    if sent is not None and getattr(sent, "shape", None) != x.shape:
+        found = tuple(sent.shape) if isinstance(sent, Tensor) else shown(sent)
+        raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {found}")
 
 
 def seeds_of(seeds: int | Sequence[int], count: int, fixed: bool) -> list[int]:
@@ -90,12 +106,21 @@ def pictures_of(value: Any) -> Tensor:
     return pictures
 
 
-def size_of(latent: Tensor, size: Any, factor: int) -> tuple[int, int]:
-    """(width, height) of the picture of a latent, in pixels; raises BadInput where another is asked for."""
-    own = latent.shape[-1] * factor, latent.shape[-2] * factor
+def start_of(latent: Any, size: Any, config: Config) -> tuple[Tensor | None, tuple[int, int]]:
+    """The latent that a run starts from, if one is given, and (width, height) of its picture in pixels.
+
+    Raises BadInput where a size is asked for that is not the latent's.
+    """
+    if latent is None:
+        if config.aesthetic_scores:
+            what = f"the {config.name} finishes what SDXL began and is poor at starting from noise"
+            warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=3)
+        return None, config.size if size is None else size
+    latent = pictures_or_latents("latent", latent, config.vae.latent_channels)
+    own = latent.shape[-1] * config.vae.factor, latent.shape[-2] * config.vae.factor
     if size is not None and tuple(listed("size (width, height)", size)) != own:
         raise BadInput(f"the latent is of {own[0]}x{own[1]} pixels, not of {shown(size)}: leave size out")
-    return own
+    return latent, own
 
 
 def paths_of(given: Any) -> list[Path]:

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_parts
-from .config import Config, predicting
+from .config import Config
 from .denoise import Denoised, Denoiser, step
 from .errors import BadInput, listed, shown, whole_number
 from .guidance import Guidance, Rule, named_rule
@@ -24,9 +23,6 @@ from .segment import OFFICIAL, Recipe
 from .text import Prompt, PromptLike, Text, Texts, prompt_of
 from .unet import Capture, UNet, exact
 from .vae import VAE
-
-WHOLE = 128 * 128  # latent pixels that are decoded at once
-MANY = 64 * 64  # pixels of maps, beyond which they may not fit into memory
 
 
 class Step(NamedTuple):
@@ -59,6 +55,8 @@ def run(
 
 
 def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None, None]:
+    from .checks import check_sent
+
     count, sent, finite = len(sigmas) - 1, None, []
     if not hasattr(steps, "send"):
         raise BadInput(f"a sampler is a generator of steps, such as scfg.samplers.ddim; it gave {shown(steps)}")
@@ -71,9 +69,7 @@ def loop(steps: Steps, sigmas: Sequence[float]) -> Generator[Step, Tensor | None
                 what = f"the latent is not finite after step {k + 1} of {count}"
                 raise FloatingPointError(f"{what}: try float32, lower prompt weights or another file")
         sent = yield Step(i, count, sigma, target, x, x / math.sqrt(target**2 + 1), denoised)
-        if sent is not None and getattr(sent, "shape", None) != x.shape:
-            found = tuple(sent.shape) if isinstance(sent, Tensor) else shown(sent)
-            raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {found}")
+        check_sent(sent, x)
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class Diffusion:
             guidance = replace(guidance, scale=guidance.scale.on(self.device))
         check_layers(guidance.perturb.layers if guidance.perturb else (), self.unet.transformer_names())
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
-        conditioner = prompt.conditioner(self.config, self.device, self.dtype)
+        conditioner = prompt.conditioner(self.config, self.device, self.dtype, self.unet.prepare)
         parts = self.unet, self.config.schedule, conditioner, guidance, self.dtype, segment
         denoiser = Denoiser(*parts, self.config.map_divisor, capture, self.device, self.step)
         if self.config.unet.guidance_dim:
@@ -214,23 +210,14 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        from .checks import falling, pictures_or_latents, seeds_of, size_of
+        from .checks import falling, seeds_of, start_of
+        from .large import check_maps
 
         prompt = self.encoded(prompt)
-        if latent is not None:
-            latent = pictures_or_latents("latent", latent, self.config.vae.latent_channels)
+        latent, size = start_of(latent, size, self.config)
         seeds = seeds_of(seeds, prompt.pictures if latent is None else len(latent), latent is not None)
-        if latent is not None:
-            size = size_of(latent, size, self.config.vae.factor)
-        elif self.config.aesthetic_scores:
-            what = f"the {self.config.name} finishes what SDXL began and is poor at starting from noise"
-            warnings.warn(f"{what}: give it as --refiner, beside an SDXL --checkpoint", stacklevel=2)
-        size = self.config.size if size is None else size
         noise, denoiser = self.noise(seeds, size), self.denoiser(prompt, guidance)
-        if len(seeds) * math.prod(self.latent_shape(size)[1:]) > MANY * denoiser.map_divisor**2:
-            from .large import check_maps
-
-            check_maps(denoiser, self.device, len(seeds), size, self.config.vae.factor)
+        check_maps(denoiser, self.device, len(seeds), size, self.config.vae.factor)
         sigmas = falling(self.sigmas(steps, sampler, None) if sigmas is None else sigmas)
         first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
@@ -248,7 +235,7 @@ class Diffusion:
     def decode(self, latent: Tensor) -> Tensor:
         """Latent (b c h w) -> pictures (b 3 H W) in [0, 1].
 
-        As many at once as fit into WHOLE latent pixels; larger ones in bands, which takes less memory.
+        As many at once as memory has room for; larger ones in bands, which take less.
         """
         from .checks import pictures_or_latents
 
@@ -265,14 +252,11 @@ class Diffusion:
 
     def decoded(self, vae: VAE, latent: Tensor) -> Tensor:
         """A VAE's own pictures, (b 3 H W) about [-1, 1] in float32."""
-        latent = (latent / self.config.latent_scale).to(self.device, vae.quant_conv.weight.dtype)
-        pixels, decode = math.prod(latent.shape[-2:]), vae.decode
-        if pixels > WHOLE:
-            from .large import decode_in_bands
+        from .large import decode
 
-            decode = partial(decode_in_bands, vae)
         with exact(self.device):
-            return torch.cat([decode(some) for some in torch.split(latent, max(1, WHOLE // pixels))]).float()
+            latent = (latent / self.config.latent_scale).to(self.device, vae.quant_conv.weight.dtype)
+            return decode(vae, latent).float()
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -306,15 +290,16 @@ def load(
     """Load a checkpoint, by default the embedded one. Raises BadInput with one line that says what is wrong.
 
     path: a file or a diffusers folder; of several, the later ones replace or complete parts of the first. dtype:
-    float32 on the CPU and float16 elsewhere unless given. prediction: overrides what the file says and what the network
-    seems to predict. vae: another file's in place of the checkpoint's own. tokenizer: a transformers folder or
-    bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text towers off the device
-    except while encoding.
+    unless given, float32 on CPUs and Apple's GPUs (mps), float16 elsewhere. prediction: overrides what the file says
+    and what the network seems to predict. vae: another file's in place of the checkpoint's own. tokenizer: a
+    transformers folder or bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text
+    towers off the device except while encoding.
     """
     from .checks import check_load, paths_of
+    from .formats import predicted
 
     check_load(device, dtype, prediction)
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    dtype = dtype or (torch.float32 if torch.device(device).type in ("cpu", "mps") else torch.float16)
     files = paths_of([embedded_checkpoint()] if path is None else [path] if isinstance(path, str | Path) else path)
     (own_vae,), (own_tokenizer,) = (paths_of([one]) if one is not None else [None] for one in (vae, tokenizer))
     config, unet, first_stage, text, known = load_parts(files, own_vae, own_tokenizer, ema, dtype)
@@ -323,15 +308,3 @@ def load(
     if config.vae.overflows and dtype == torch.float16:
         warnings.warn("SDXL's VAE overflows in float16: it runs in float32", stacklevel=2)
     return predicted(model, prediction, known)
-
-
-def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Diffusion:
-    """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
-    said = model.config.schedule.prediction
-    if not (requested or known):
-        from .formats import ask_prediction
-
-        return ask_prediction(model)
-    if requested and known and requested != said:
-        warnings.warn(f"prediction {requested} was asked for, but this checkpoint says {said}", stacklevel=3)
-    return replace(model, config=predicting(model.config, requested or said))

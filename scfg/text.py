@@ -1,7 +1,7 @@
 """Prompts: tokens, the words they make up, and the text towers that turn them into what the U-Net is conditioned on."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from unicodedata import normalize
@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .config import CLIP_L, Config, TextConfig
-from .errors import BadInput, whole_number
+from .errors import BadInput
 from .guidance import Row
 from .schedule import Moment
 from .segment import Tokens, Word
 from .unet import Conditioning, exact, timestep_embedding
 
 Texts = str | Sequence[str]
+Prepare = Callable[[Conditioning], Conditioning] | None
 
 
 class PromptLike(Protocol):
@@ -30,7 +31,7 @@ class PromptLike(Protocol):
     @property
     def needs_regions(self) -> bool: ...
 
-    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> Any: ...
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class Prompt:
     def pictures(self) -> int:
         return max(map(len, self.context.values()))
 
-    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "Conditioner":
-        """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None) -> Any:
+        """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length.
+
+        prepare: applied to a Conditioning that stays the same over the run, such as UNet.prepare.
+        """
         from .checks import check_context
 
         check_context(self.context, self.pooled, config)
@@ -65,7 +69,7 @@ class Prompt:
         pooled = {text: states.to(device, dtype) for text, states in self.pooled.items()}
         zeros = (tokens["uncond"] == 0).flatten(1).all(1)
         layout = Tokens(self.chunk or longest, self.words, zeros if zeros.any() else None, bool(zeros.all()))
-        return Conditioner(config, tokens, pooled, weight if filled else {}, layout)
+        return Conditioner(config, tokens, pooled, weight if filled else {}, layout, prepare)
 
 
 @dataclass(frozen=True)
@@ -77,17 +81,27 @@ class Conditioner:
     pooled: dict[str, Tensor]  # (b p), XL's
     weight: dict[str, Tensor]  # (b t 1 1): 0 for filler; empty where there is none
     layout: Tokens
+    prepare: Prepare
+    made: dict[Any, Conditioning] = field(default_factory=dict)  # by what it depends on
 
     def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
         """What the rows of a step on a latent of this shape (b, c, h, w) are conditioned on.
 
-        moment and previous are for prompts that depend on them, which have the same method.
+        Put together once a run, unless it has gradients. moment and previous are for prompts that depend on them, which
+        have the same method.
         """
         texts = [row.text for row in rows]
+        key = (*texts, *shape, torch.is_inference_mode_enabled())
+        if key in self.made:
+            return self.made[key]
         tokens = self.stack(self.tokens, texts, shape[0])
         weight = self.stack(self.weight, texts, shape[0]) if self.weight else None
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
-        return Conditioning(tokens, vector, weight, tokens.shape[1])
+        made = Conditioning(tokens, vector, weight, tokens.shape[1])
+        made = self.prepare(made) if self.prepare else made
+        if not any([keys.requires_grad for keys, _ in made.known().values()]):
+            self.made[key] = made
+        return made
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:
         """Every row's text, expanded to all pictures, one after the other: (r*b ...)."""
@@ -245,9 +259,9 @@ class Text(nn.Module):
         ids: of each text, from its start to its end token. layer_from_end: of which layer the states are, in place of
         the family's own.
         """
-        layers, least = min(tower.config.layers for tower in self.towers), 1 + self.towers[0].config.left_out
-        if layer_from_end is not None:
-            layer_from_end = whole_number("clip skip", layer_from_end, least, layers + least - 1) - least + 1
+        from .checks import clip_skip
+
+        layer_from_end = clip_skip(layer_from_end, [tower.config for tower in self.towers])
         states, pooled, end = [], None, ids[0][-1]
         for tower in self.towers:
             config = tower.config

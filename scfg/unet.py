@@ -74,6 +74,12 @@ class Conditioning(NamedTuple):
     rows: Sequence[Any] = ()  # the guidance.Rows of these entries, where they are more than were asked for
     merge: Callable[[Any, Any], Any] = lambda evaluated, asked: evaluated  # denoise.Evaluated, by the rows asked for
     guidance: Tensor | None = None  # (1 g), what an LCM is told of its scale
+    # tokens, and by block their keys and values; these act while they are the tokens above
+    projected: tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]] | None = None
+
+    def known(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The keys and values (r*b t c) of the tokens by block, where they were projected before."""
+        return self.projected[1] if self.projected and self.projected[0] is self.tokens else {}
 
     def bias(self, size: tuple[int, int]) -> Tensor | None:
         """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
@@ -92,6 +98,7 @@ class Call(NamedTuple):
     capture: Capture
     attend: Attend | None
     inject: Mapping[str, Tensor]
+    known: Mapping[str, tuple[Tensor, Tensor]]  # by block, keys and values of the tokens
 
 
 def expand(x: Tensor, rows: int) -> Tensor:
@@ -186,12 +193,12 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(
-        self, x: Tensor, context: Tensor, site: Site, call: Call, captured: bool
+        self, x: Tensor, keys: Tensor, values: Tensor, site: Site, call: Call, captured: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Pixels (b n c) attend to context (b m d): the output (b n c), and where it is captured the map."""
+        """Pixels (b n c) attend to keys and values (b m c): the output (b n c), and where it is captured the map."""
         q = rearrange(self.to_q(x), "b n (heads d) -> b heads n d", heads=self.heads)
-        k = rearrange(self.to_k(context), "b m (heads d) -> b heads m d", heads=self.heads)
-        v = rearrange(self.to_v(context), "b m (heads d) -> b heads m d", heads=self.heads)
+        k = rearrange(keys, "b m (heads d) -> b heads m d", heads=self.heads)
+        v = rearrange(values, "b m (heads d) -> b heads m d", heads=self.heads)
         fused = F.scaled_dot_product_attention  # what `attention` calls
         out = call.attend(q, k, v, site) if call.attend else fused(q, k, v, attn_mask=site.bias)
         out = self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
@@ -233,11 +240,12 @@ class TransformerBlock(nn.Module):
         """Pixels (b n c) -> pixels (r*b n c), and what is made of this block's maps where it is captured."""
         tokens, capture = call.conditioning.tokens, call.capture
         captured = x.shape[1] <= capture.pixels or self.name in capture.blocks
-        normed = self.norm1(x)
-        out, self_map = self.attn1(normed, normed, Site(self.name, "self", size, None), call, captured)
+        normed, site = self.norm1(x), Site(self.name, "self", size, None)
+        out, self_map = self.attn1(normed, self.attn1.to_k(normed), self.attn1.to_v(normed), site, call, captured)
         x = x + out
         x = x if len(x) == len(tokens) else expand(x, len(tokens))  # from here the rows differ
-        out, cross_map = self.attn2(self.norm2(x), tokens, Site(self.name, "cross", size, bias), call, captured)
+        keys, values = call.known.get(self.name) or (self.attn2.to_k(tokens), self.attn2.to_v(tokens))
+        out, cross_map = self.attn2(self.norm2(x), keys, values, Site(self.name, "cross", size, bias), call, captured)
         x = x + out
         x = x + self.ff["net"](self.norm3(x))
         if self_map is None or cross_map is None:
@@ -351,6 +359,12 @@ class UNet(nn.Module):
         """The names of its transformer blocks, by which a Site and a Capture know them."""
         return [module.name for module in self.modules() if isinstance(module, TransformerBlock)]
 
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """With the keys and values of its tokens, which are constant over a run."""
+        tokens, blocks = conditioning.tokens, [block for block in self.modules() if isinstance(block, TransformerBlock)]
+        projected = {block.name: (block.attn2.to_k(tokens), block.attn2.to_v(tokens)) for block in blocks}
+        return conditioning._replace(projected=(tokens, projected))
+
     def embed(self, t: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> Tensor:
         """What every ResBlock is told, (r*b e): the timesteps, XL's vector, an LCM's guidance scale."""
         for name, size in (("vector", self.config.vector_dim), ("guidance", self.config.guidance_dim)):
@@ -381,7 +395,7 @@ class UNet(nn.Module):
         """
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise BadInput(f"a latent is (b {self.config.in_channels} h w), not {tuple(x.shape)}")
-        call = Call(conditioning, capture or Capture(), attend, inject)
+        call = Call(conditioning, capture or Capture(), attend, inject, conditioning.known())
         rows, skips = len(conditioning.tokens), []
         captured: Captured = {}
         embedding = self.embed(t, conditioning, x.dtype)

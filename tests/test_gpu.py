@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import seeded
+from counting import Bytes
 from families import FAMILIES, small
 from pretend import Gpu, OnGpu
 
@@ -224,6 +225,7 @@ def added(config: Config, side: int, guidance: SCFG, zero: bool = False) -> tupl
                 layout = denoise.prompt.layout._replace(all_zero=True, zero_uncond=torch.zeros(1, device="cuda") == 0)
                 denoise = replace(denoise, prompt=replace(denoise.prompt, layout=layout))
             x = torch.ones(1, 4, side, side, device="cuda")
+            denoise(x, 9.0)  # the first puts together what a run conditions on
             gpu.forget()
             denoise(x, 3.0)
             assert not gpu.waits and not gpu.mixes
@@ -233,11 +235,33 @@ def added(config: Config, side: int, guidance: SCFG, zero: bool = False) -> tupl
 
 def test_a_step_is_few_operations():
     cfg, scfg_adds = added(SD1, 64, SCFG(7.5))
-    assert cfg <= 683 and scfg_adds <= 240
+    assert cfg <= 650 and scfg_adds <= 240
     cfg, scfg_adds = added(SDXL, 128, SCFG(7.5))
-    assert cfg <= 1724 and scfg_adds <= 1000
+    assert cfg <= 1560 and scfg_adds <= 1000
 
 
 def test_without_a_negative_prompt_only_the_conditional_maps_are_computed():
     with_negative, without = (added(SDXL, 128, SCFG(7.5), zero)[1] for zero in (False, True))
     assert without < 0.8 * with_negative and added(SDXL, 128, SCFG.paper(7.5))[1] <= 1000
+
+
+def test_sdxl_without_its_text_towers_fits_into_eight_gigabytes(monkeypatch):
+    """At 1024x1024 by S-CFG, by count, without what fused attention returns; half a gigabyte is the driver's own."""
+    with torch.device("meta"):
+        unet, vae = UNet(SDXL.unet).half().requires_grad_(False), VAE(SDXL.vae).requires_grad_(False)
+    weights = sum(parameter.nbytes for part in (unet, vae) for parameter in part.parameters())
+    monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: 7.5e9 - weights)
+    with Bytes() as counted, Gpu(empty=True):
+        model = scfg.Diffusion(SDXL, unet.to("cuda"), vae.to("cuda"), None)
+        denoise, x, peaks = (
+            model.denoiser(random_prompt(SDXL), SCFG(7.5)),
+            torch.ones(1, 4, 128, 128, device="cuda"),
+            [],
+        )
+        denoised = denoise(x, 9.0)
+        for work in (lambda: denoise(x, 3.0, denoised), lambda: model.decoded(model.vae, denoised.x0)):
+            counted.now = counted.peak = 0
+            work()
+            peaks.append(counted.peak)
+    print(f"weights {weights / 1e9:.2f} GB, a step {peaks[0] / 1e9:.2f} GB, decoding {peaks[1] / 1e9:.2f} GB")
+    assert min(peaks) > 1e8 and weights + max(peaks) < 7.5e9

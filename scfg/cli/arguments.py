@@ -202,7 +202,7 @@ def add_device(parser: Parser) -> None:
     add(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="of the network (default: float32 on the cpu, else float16)",
+        help="of the network (default: float32 on cpu and mps, else float16)",
     )
 
 

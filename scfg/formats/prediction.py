@@ -85,6 +85,16 @@ def pooled_size(model: Diffusion) -> int:
     return model.config.unet.vector_dim - 256 * (5 if model.config.aesthetic_scores else 6)
 
 
+def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Diffusion:
+    """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
+    said = model.config.schedule.prediction
+    if not (requested or known):
+        return ask_prediction(model)
+    if requested and known and requested != said:
+        warnings.warn(f"prediction {requested} was asked for, but this checkpoint says {said}", stacklevel=3)
+    return replace(model, config=predicting(model.config, requested or said))
+
+
 def ask_prediction(model: Diffusion) -> Diffusion:
     """A model whose file does not say what it predicts, with what its network answers, or else the family's usual."""
     config, found = model.config, predicts(model)
@@ -92,14 +102,14 @@ def ask_prediction(model: Diffusion) -> Diffusion:
     unsaid = f"this {config.name} file does not say what it predicts"
     if found is None:
         what = f"{unsaid}, and its answer to noise is unsure: taken as {usual}, as is usual"
-        warnings.warn(f"{what}; prediction (--prediction) says otherwise", stacklevel=3)
+        warnings.warn(f"{what}; prediction (--prediction) says otherwise", stacklevel=4)
     elif found != usual and config.name != SD2_V.name:
         what = f"{unsaid}: taken as {found}, by its answer to noise"
-        warnings.warn(f"{what}; prediction (--prediction) says otherwise", stacklevel=3)
+        warnings.warn(f"{what}; prediction (--prediction) says otherwise", stacklevel=4)
     else:
         log.info(f"{unsaid}: taken as {found}, by its answer to noise")
     if config.schedule.terminal_alpha and (found or usual) == "eps":
-        warnings.warn(f"this file asks for zero terminal SNR {EPS_SAYS_NOTHING}", stacklevel=3)
+        warnings.warn(f"this file asks for zero terminal SNR {EPS_SAYS_NOTHING}", stacklevel=4)
     return replace(model, config=predicting(config, found or usual))
 
 

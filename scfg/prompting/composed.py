@@ -13,7 +13,7 @@ from ..denoise import Evaluated
 from ..guidance import COND, UNCOND, Row
 from ..schedule import Moment
 from ..segment import Tokens, Word
-from ..text import Conditioner, Encoded, Prompt, prompt_of
+from ..text import Conditioner, Encoded, Prepare, Prompt, prompt_of
 from ..unet import Conditioning
 
 
@@ -39,8 +39,10 @@ class ComposedPrompt:
     def pictures(self) -> int:
         return self.steps[0].pictures
 
-    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "ComposedConditioner":
-        made = {id(prompt): prompt.conditioner(config, device, dtype) for prompt in self.steps}
+    def conditioner(
+        self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None
+    ) -> "ComposedConditioner":
+        made = {id(prompt): prompt.conditioner(config, device, dtype, prepare) for prompt in self.steps}
         steps = tuple(made[id(prompt)] for prompt in self.steps)
         if self.weights is None:
             return ComposedConditioner(steps, self.sigmas)

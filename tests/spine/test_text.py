@@ -222,3 +222,24 @@ def test_a_context_without_one_of_its_halves_is_refused(flat):
     for context, found in (({"cond": seeded(1, 16, 128)}, "cond"), ({}, "nothing")):
         with pytest.raises(scfg.BadInput, match=f"a prompt's context has uncond and cond, not {found}"):
             flat.denoiser(scfg.Prompt(context=context), scfg.CFG(3.0))
+
+
+def test_what_a_run_conditions_on_is_put_together_once(flat):
+    denoise = flat.denoiser("a red car", scfg.SCFG(3.0))
+    rows, shape = (scfg.guidance.UNCOND, scfg.guidance.COND), (1, 4, 8, 8)
+    first = denoise.prompt.condition(rows, None, None, shape)
+    assert denoise.prompt.condition(rows, None, None, shape) is first and len(first.known()) > 4
+    assert denoise.prompt.condition(rows[1:], None, None, shape).tokens.shape[0] == 1
+    assert denoise.prompt.condition(rows, None, None, (2, 4, 8, 8)).tokens.shape[0] == 4
+    with torch.inference_mode():  # whose tensors no gradient passes
+        assert denoise.prompt.condition(rows, None, None, shape) is not first
+
+
+def test_gradients_reach_a_context_in_every_step(flat):
+    """One that is put together once would be gone after the first."""
+    whole = flat.prompt("a red car")
+    cond = whole.context["cond"].clone().requires_grad_()
+    denoise = flat.denoiser(replace(whole, context=whole.context | {"cond": cond}), scfg.CFG(3.0))
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(denoise(seeded(1, 4, 8, 8), 2.0).x0.square().sum(), cond)
+        assert gradient.abs().max() > 0

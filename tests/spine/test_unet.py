@@ -365,6 +365,20 @@ def test_a_weight_of_zero_on_the_last_tokens_equals_cutting_them_off(tiny, size)
 
 
 @torch.no_grad()
+def test_prepared_tokens_give_the_same_numbers_without_being_projected_again(tiny):
+    x, t, conditioning = some_inputs()
+    expected, maps = tiny.unet(x, t, conditioning, capture=Capture(16))
+    prepared = tiny.unet.prepare(conditioning)
+    assert list(prepared.known()) == tiny.unet.transformer_names()
+    tokens = conditioning.tokens.clone()
+    conditioning.tokens.zero_()
+    out, own_maps = tiny.unet(x, t, prepared, capture=Capture(16))
+    assert torch.equal(out, expected) and all(torch.equal(own_maps[name].cross, maps[name].cross) for name in maps)
+    other, _ = tiny.unet(x, t, prepared._replace(tokens=2 * tokens))  # projected tokens act for themselves alone
+    assert torch.equal(other, tiny.unet(x, t, Conditioning(2 * tokens))[0]) and error(other, expected) > 1e-4
+
+
+@torch.no_grad()
 def test_a_weight_of_two_counts_a_token_twice(tiny):
     x, t, conditioning = some_inputs()
     weight = torch.ones(2, 77, 1, 1)

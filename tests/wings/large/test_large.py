@@ -1,5 +1,7 @@
 """Decoding in bands."""
 
+import math
+
 import pytest
 import torch
 from conftest import error, seeded
@@ -8,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scfg
 from scfg.config import VAEConfig
-from scfg.large import decode_in_bands
+from scfg.large import decode, decode_in_bands
+from scfg.large.bands import ROOM, whole_bytes
 from scfg.vae import VAE
 
 
@@ -38,10 +41,10 @@ def test_a_large_picture_is_decoded_in_bands_by_itself(flat, monkeypatch):
         calls.append(latent.shape)
         return decode_in_bands(vae, latent, *rows)
 
-    monkeypatch.setattr("scfg.large.decode_in_bands", counted)
+    monkeypatch.setattr("scfg.large.bands.decode_in_bands", counted)
     whole = flat.decode(latent)
     assert not calls
-    monkeypatch.setattr("scfg.diffusion.WHOLE", 1000)
+    monkeypatch.setattr("scfg.large.bands.WHOLE", 1000)
     found = flat.decode(latent)
     assert len(calls) == 1 and 0 < (found - whole).abs().max() < 1e-4
     assert error(flat.decode(latent.repeat(2, 1, 1, 1)), found.repeat(2, 1, 1, 1)) < 1e-4
@@ -58,6 +61,34 @@ def test_a_picture_of_2048_takes_less_than_six_gigabytes():
         with Bytes() as at_once:
             vae.decode(torch.randn(1, 4, 256, 256))
     assert image.shape == (1, 3, 2048, 2048) and counted.peak < 6e9 < at_once.peak
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [64, 96])
+def test_what_decoding_takes_is_what_is_counted(side):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = VAE(VAEConfig()).requires_grad_(False)
+        with Bytes() as counted:
+            vae.decode(torch.randn(1, 4, side, side))
+    assert 0.95 < counted.peak / (side**2 * whole_bytes(vae)) < 1.1
+
+
+@torch.no_grad()
+def test_as_many_pictures_are_decoded_at_once_as_memory_has_room_for(flat, monkeypatch):
+    """On a GPU; a CPU is also given no more than WHOLE, beyond which it is no faster."""
+    latents, batches = seeded(5, 4, 8, 8), []
+    monkeypatch.setattr(type(flat.vae), "decode", lambda vae, some: batches.append(len(some)) or some)
+    monkeypatch.setattr("scfg.large.bands.decode_in_bands", lambda vae, one: batches.append("bands") or one)
+    for pictures, expected in ((2.5, [2, 2, 1]), (100, [5]), (1.01, [1] * 5), (0.99, ["bands"] * 5)):
+        monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: pictures * 64 * whole_bytes(flat.vae) / ROOM)
+        batches.clear()
+        assert torch.equal(decode(flat.vae, latents), latents) and batches == expected
+    monkeypatch.setattr("scfg.large.bands.WHOLE", 128)
+    monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: math.inf)
+    batches.clear()
+    decode(flat.vae, latents)
+    assert batches == [2, 2, 1]
 
 
 def test_bands_of_an_odd_number_of_rows_are_refused(tiny, oracle):
