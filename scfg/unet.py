@@ -85,8 +85,9 @@ class Conditioning(NamedTuple):
         """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
         if self.weight is None:
             return None
-        everywhere = self.weight.shape[-2:] == (1, 1)
-        weight = self.weight if everywhere else F.interpolate(self.weight, size=size, mode="area")
+        from .resize import by_area
+
+        weight = self.weight if self.weight.shape[-2:] == (1, 1) else by_area(self.weight, size)
         bias = weight.log().masked_fill((weight > 0) & (weight < NOWHERE), SILENCED)
         return rearrange(bias, "b t h w -> b 1 (h w) t").to(self.tokens.dtype)
 

@@ -1,7 +1,7 @@
 """A pretend GPU for builds of torch without one: tensors that say they are on cuda:0 and hold their numbers on the CPU.
 
 `with Gpu() as gpu:` makes device="cuda" work and notes, by the package's line, what a GPU would refuse (operations that
-mix devices), what makes the host wait for it, and how many operations it is given. With Gpu(empty=True) its tensors
+mix devices), what makes the host wait for it, how many operations it is given, which, and which of float64. With Gpu(empty=True) its tensors
 hold no numbers, so that networks of any size fit; what is asked of a number is then false.
 """
 
@@ -97,6 +97,9 @@ class Gpu(TorchDispatchMode):
         self.inner = torch.device("meta" if empty else "cpu")
         self.patches = [
             mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+            mock.patch.object(
+                torch.cuda, "mem_get_info", lambda device: (8 * 10**10, 8 * 10**10)
+            ),  # bytes free, in all
             mock.patch.object(F, "scaled_dot_product_attention", self.attention),
             mock.patch.object(torch, "bmm", self.bmm),
             mock.patch.object(Tensor, "pin_memory", pinned),
@@ -106,6 +109,7 @@ class Gpu(TorchDispatchMode):
     def forget(self) -> None:
         """Begin to count from nothing."""
         self.operations, self.waits, self.mixes = Counter[str](), Counter[str](), Counter[str]()
+        self.functions, self.doubles, self.uneven = set[Any](), Counter[str](), Counter[str]()
 
     def note_wait(self, what: str) -> None:
         self.waits[f"{what} at {place()}"] += 1
@@ -137,11 +141,14 @@ class Gpu(TorchDispatchMode):
         if here or to_gpu:
             self.check(name, args, kwargs, here, there, to_gpu)
             self.operations[name] += name not in NO_KERNEL
+            self.functions.add(func)
         if asked is not None and to_gpu:
             kwargs = kwargs | {"device": self.inner}
         if name == "_local_scalar_dense" and here and self.inner.type == "meta":
             return False
         out = func(*tree_map(on_cpu, args), **tree_map(on_cpu, kwargs))
+        if to_gpu and any(one.dtype == torch.float64 for one in tree_leaves(out) if isinstance(one, Tensor)):
+            self.doubles[f"{name} at {place()}"] += 1
         if func._schema.is_mutable and isinstance(out, Tensor):  # it is one of those given
             return kwargs["out"] if "out" in kwargs else args[0]
         return tree_map(on_gpu, out) if to_gpu else out
@@ -159,6 +166,8 @@ class Gpu(TorchDispatchMode):
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             if any(tensor.dtype == torch.bool for tensor in here[1:]) or sized:
                 self.note_wait("an index by truth values or from the host")
+        elif name == "_adaptive_avg_pool2d" and any(old % new for old, new in zip(args[0].shape[-2:], args[1])):
+            self.uneven[f"{name} at {place()}"] += 1
         elif sized and here:
             self.mixes[f"{name} at {place()}"] += 1
 

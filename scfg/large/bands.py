@@ -39,15 +39,16 @@ def bands(x: Tensor, upsample: Upsample | None, rows: int) -> Iterator[Band]:
 
 def affine(norm: nn.GroupNorm, parts: Iterable[Band]) -> tuple[Tensor, Tensor]:
     """What the norm multiplies a channel by and what it then adds, (b c 1 1) each, from all bands of its input."""
-    zero = norm.weight.new_zeros((), dtype=torch.float64)
-    count, total, squares = 0, zero, zero  # sums over bands
+    zero = norm.weight.new_zeros((), dtype=torch.float32)
+    count, mean, squares = 0, zero, zero  # squares: the sum of those of distances to the mean
     for band in parts:
         groups = rearrange(band.x[:, :, band.own].float(), "b (g c) h w -> b g (c h w)", g=norm.num_groups)
-        variance, mean = (moment.double() for moment in torch.var_mean(groups, -1, correction=0))
-        count, total = count + groups.shape[-1], total + groups.shape[-1] * mean
-        squares = squares + groups.shape[-1] * (variance + mean**2)
-    mean = total / count
-    deviation = (squares / count - mean**2 + norm.eps).sqrt()
+        variance, own = torch.var_mean(groups, -1, correction=0)
+        size, apart = groups.shape[-1], own - mean
+        count += size  # a band joins those before as Chan et al. 1979 have it, which loses nothing to cancellation
+        mean = mean + apart * (size / count)
+        squares = squares + size * variance + apart**2 * (size * (count - size) / count)
+    deviation = (squares / count + norm.eps).sqrt()
     mean, deviation = (
         repeat(of_group, "b g -> b (g c) 1 1", c=len(norm.weight) // norm.num_groups) for of_group in (mean, deviation)
     )

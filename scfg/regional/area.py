@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import BadInput
+from ..resize import by_area
 from ..segment import Regions, Word, blur
 
 if TYPE_CHECKING:  # areas of words need no Pillow
@@ -292,8 +293,9 @@ def resized(area: Tensor, size: Sequence[int]) -> Tensor:
     """An area (b 1 h w) on a grid of this size: averaged where either side is coarser, else repeated."""
     if area.shape[-2:] == tuple(size):
         return area
-    coarser = area.shape[-2] > size[0] or area.shape[-1] > size[1]
-    return F.interpolate(area, size=size, mode="area" if coarser else "nearest")
+    if area.shape[-2] > size[0] or area.shape[-1] > size[1]:
+        return by_area(area, size)
+    return F.interpolate(area, size=size, mode="nearest")
 
 
 def nowhere(area: Area) -> str:
