@@ -18,7 +18,7 @@ PACKAGE = ROOT / "scfg"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 SPINE = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem not in ("checks", "cpu", "data", "resize")]
 WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", ROOT / "weights" / "train.py"]
+OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", *sorted((ROOT / "weights").glob("*.py"))]
 
 # What a wing may import of other wings: the command puts all together, the evaluation measures the others.
 ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "formats", "methods", "regional"}}

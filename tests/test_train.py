@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seeded
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfg
 from scfg.evaluate.judge import Judge
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
+import loop
 import sheet
 import train
 
@@ -70,10 +73,66 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
     for shape in ((20, 50), (50, 20), (30, 30)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-        inner = u.mT @ train.orthogonalised(matrix) @ v.mT
+        inner = u.mT @ loop.orthogonalised(matrix) @ v.mT
         assert (
             (inner - inner.diag().diag()).abs().max() < 1e-4 and 0.5 < inner.diag().min() and inner.diag().max() < 1.3
         )
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, views aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_matrices_of_one_shape_are_updated_together_as_each_would_be():
+    shapes = [(16, 8, 3, 3)] * 40 + [(8, 16)] * 40
+    alone, together = ([torch.nn.Parameter(seeded(*shape, seed=i)) for i, shape in enumerate(shapes)] for _ in range(2))
+    each, all_of_them, counted = [loop.Muon([parameter], 0.1) for parameter in alone], loop.Muon(together, 0.1), []
+    for step in range(3):
+        for i, shape in enumerate(shapes):
+            alone[i].grad = together[i].grad = seeded(*shape, seed=100 * step + i)
+        for optimizer in each:
+            optimizer.step()
+        with Operations() as operations:
+            all_of_them.step()
+        counted.append(operations.count)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(alone, together))
+    assert not torch.allclose(alone[0], seeded(*shapes[0]), atol=0.1) and counted[-1] < 150  # not 40 or more for each
+
+
+def test_a_training_is_left_after_so_many_minutes_and_goes_on(tmp_path, capsys):
+    """With the numbers of one that was not interrupted."""
+
+    def training(path: Path, how: loop.How = loop.How()) -> dict:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        loop.train(path, model, lambda rng, done: model(torch.randn(8, 4)).square().mean(), 5, 0.1, how)
+        return torch.load(path, weights_only=True)
+
+    whole = training(tmp_path / "whole.pt")
+    for done in range(1, 5):
+        assert training(tmp_path / "left.pt", loop.How(minutes=0))["step"] == done
+    assert f"{done} of 5 steps are done, the same command goes on" in capsys.readouterr().out
+    left = training(tmp_path / "left.pt", loop.How(minutes=0))
+    assert left["step"] == whole["step"] == 5 and torch.equal(left["average"]["weight"], whole["average"]["weight"])
+
+
+def test_a_training_in_bfloat16_rounds_its_products_alone(tmp_path):
+    dtypes, model = [], torch.nn.Linear(4, 4)
+
+    def loss_of(rng, done):
+        out = model(torch.ones(2, 4))
+        dtypes.append(out.dtype)
+        return out.square().mean()
+
+    for half in (False, True):
+        loop.train(tmp_path / f"{half}.pt", model, loss_of, 1, 0.1, loop.How(bfloat16=half))
+    assert dtypes == [torch.float32, torch.bfloat16] and model.weight.dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Every phase resumes.
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from loop import How, train
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +33,6 @@ from scfg.vae import VAE
 
 HERE = Path(__file__).parent
 RUN = HERE / "run"  # rendered scenes and unfinished trainings
-SAVE_EVERY = 200
 EMPTY_SHARE = 0.1  # captions replaced by the empty prompt, for guidance
 UNSEEN_SCENES = 4096  # which only the judge is shown
 KL_WEIGHT = 1e-3
@@ -95,106 +95,28 @@ def start_as_identity(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Nearly U V^T of the matrix U S V^T, by five steps of a quintic Newton-Schulz iteration."""
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.mT if matrix.shape[0] > matrix.shape[1] else x
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-    return x.mT if matrix.shape[0] > matrix.shape[1] else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates (Jordan et al. 2024), scaled as in 2502.16982; kernels are matrices."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float):
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
-                matrix = parameter.grad.lerp(momentum, 0.95).flatten(1)
-                size = 0.2 * max(matrix.shape) ** 0.5 * group["lr"]
-                parameter.sub_(size * orthogonalised(matrix).view_as(parameter))
-
-
-class Average:
-    """Exponential moving average of a model's parameters: what is kept of a training."""
-
-    def __init__(self, model: nn.Module):
-        self.values = {k: v.clone() for k, v in model.state_dict().items()}
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        decay = min(0.999, (1 + self.updates) / (20 + self.updates))
-        for name, value in model.state_dict().items():
-            self.values[name].lerp_(value, 1 - decay) if value.is_floating_point() else self.values[name].copy_(value)
-
-
-def train(
-    name: str, model: nn.Module, loss_of: Callable[[np.random.Generator, float], Tensor], steps: int, rate: float
-) -> None:
-    """Minimise loss_of(random generator, share done); keeps an average of the parameters.
-
-    The rate falls in the last quarter of the steps only, so that a training can be made longer before it gets there.
-    """
-    path = RUN / f"{name}.pt"
-    is_matrix = {name: p.ndim > 1 and "embedding" not in name for name, p in model.named_parameters()}
-    matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
-    others = [p for name, p in model.named_parameters() if not is_matrix[name]]
-    optimizers = [Muon(matrices, rate), torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0)]
-    average, first = Average(model), 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, kept in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(kept)
-        average.values, average.updates, first = state["average"], state["step"], state["step"]
-    progress, smooth = trange(first, steps, initial=first, total=steps, desc=name), None
-    for step in progress:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * min(1, (step + 1) / 100, (steps - step) / (steps / 4))
-        torch.manual_seed(step)  # a training that was interrupted goes on with the same numbers
-        loss = loss_of(np.random.default_rng([1, step]), step / steps)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        average.update(model)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            kept = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            torch.save(kept | {"average": average.values, "step": step + 1}, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-
-
-def train_vae(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+def train_vae(config: Config, steps: int, count: int, batch: int, how: How) -> None:
     torch.manual_seed(0)
-    pictures, vae = scenes(count)[0], VAE(config.vae).to(device)
+    pictures, vae = scenes(count)[0], VAE(config.vae).to(how.device)
     start_as_identity(vae)
+    if how.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
-        image = to_image(pictures[np.sort(rng.choice(count, batch, replace=False))], device)
+        image = to_image(pictures[np.sort(rng.choice(count, batch, replace=False))], how.device)
         mean, log_variance = vae.encode(image)
         error = vae.decode(mean + (log_variance / 2).exp() * torch.randn_like(mean)) - image
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         absolute = min(1, 4 * done) * error.abs().mean()  # L1 alone greys colours
         return error.square().mean() + absolute + KL_WEIGHT * divergence
 
-    train("vae", vae, loss_of, steps, 8e-3)
+    train(RUN / "vae.pt", vae, loss_of, steps, 8e-3, how)
 
 
 def trained_vae(config: Config, device: str) -> VAE:
     vae = VAE(config.vae).to(device).eval()
-    vae.load_state_dict(torch.load(RUN / "vae.pt", weights_only=True)["average"])
+    vae.load_state_dict(torch.load(RUN / "vae.pt", map_location=device, weights_only=True)["average"])
     return vae
 
 
@@ -227,26 +149,28 @@ def drawn_scenes(count: int, seen: bool) -> Drawn:
     return Drawn(*scenes(count, seen), torch.tensor(backgrounds))
 
 
-def train_judge(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+def train_judge(config: Config, steps: int, count: int, batch: int, how: How) -> None:
     """Half of the pictures are as drawn, of either kind of composition; half are decoded from latents with some noise,
     as samples have it."""
     torch.manual_seed(0)
     drawn = drawn_scenes(count, seen=True), drawn_scenes(UNSEEN_SCENES, seen=False)
-    z, vae, every = latents(config, count, device), trained_vae(config, device), FLATLAND.size[0] // SIDE
-    model, deviation = Judge().to(device), z.std()
+    z, vae, every = latents(config, count, how.device), trained_vae(config, how.device), FLATLAND.size[0] // SIDE
+    model, deviation = Judge().to(how.device), z.std()
+    if how.compile:
+        model.compile()
 
     @torch.no_grad()
     def batch_of(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         parts = [(drawn[0], batch // 2), (drawn[0], batch // 4), (drawn[1], batch // 4)]
         chosen = [(some, np.sort(rng.choice(len(some.pictures), n, replace=False))) for some, n in parts]
         decoded, levels = z[chosen[0][1]], torch.from_numpy(rng.uniform(0, 0.3, (batch // 2, 1, 1, 1)))
-        decoded = vae.decode((decoded + deviation * levels * torch.randn(decoded.shape)).float().to(device))
-        as_drawn = [to_image(some.pictures[which], device) for some, which in chosen[1:]]
+        decoded = vae.decode((decoded + deviation * levels * torch.randn(decoded.shape)).float().to(how.device))
+        as_drawn = [to_image(some.pictures[which], how.device) for some, which in chosen[1:]]
         pictures = torch.cat([decoded, *as_drawn]).clamp(-1, 1)
         things = np.concatenate([some.things[which] for some, which in chosen])[:, ::every, ::every]
         backgrounds = torch.cat([some.backgrounds[which] for some, which in chosen])
         pictures = F.interpolate(pictures / 2 + 0.5, size=(SIDE, SIDE), mode="area")
-        return pictures, torch.from_numpy(things).long().to(device), backgrounds.to(device)
+        return pictures, torch.from_numpy(things).long().to(how.device), backgrounds.to(how.device)
 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
         pictures, things, backgrounds = batch_of(rng)
@@ -256,7 +180,7 @@ def train_judge(config: Config, steps: int, count: int, batch: int, device: str)
         of_things = F.cross_entropy(found_objects, objects) + F.cross_entropy(found_colours, colours)
         return of_things + F.cross_entropy(found_backgrounds, backgrounds)
 
-    train("judge", model, loss_of, steps, 4e-3)
+    train(RUN / "judge.pt", model, loss_of, steps, 4e-3, how)
 
 
 class Layout(nn.Module):
@@ -288,19 +212,21 @@ class Denoiser(nn.Module):
         self.layout = Layout(config.unet.context_dim)
 
 
-def train_unet(config: Config, steps: int, count: int, batch: int, device: str) -> None:
+def train_unet(config: Config, steps: int, count: int, batch: int, how: How) -> None:
     torch.manual_seed(0)
-    z = latents(config, count, device)
+    z = latents(config, count, how.device).to(how.device)
     z = z / z.std()
-    model = Denoiser(config).to(device)
+    model = Denoiser(config).to(how.device)
+    if how.compile:
+        model.unet.compile()
     start_as_identity(model.unet)
     nn.init.zeros_(model.unet.out[2].weight)
     tokens = [model.text.tokenize(flatland.compose(seed).caption)[0] for seed in trange(count, desc="captions")]
     empty = model.text.tokenize("")[0]
     every = FLATLAND.size[0] // CELLS
     things = scenes(count)[1][:, every // 2 :: every, every // 2 :: every].reshape(count, -1).astype(int)
-    cells = torch.from_numpy((things + 7) // 8)  # 0, or 1 + object
-    alphas = torch.tensor(1 / (config.schedule.sigmas**2 + 1), dtype=torch.float32)
+    cells = torch.from_numpy((things + 7) // 8).to(how.device)  # 0, or 1 + object
+    alphas = torch.tensor(1 / (config.schedule.sigmas**2 + 1), dtype=torch.float32, device=how.device)
 
     def states(ids: list[list[int]]) -> Tensor:
         (of_tower,), _ = model.text.encode(ids, model.layout.cells.device)
@@ -311,23 +237,23 @@ def train_unet(config: Config, steps: int, count: int, batch: int, device: str) 
         ids = [empty if dropped else tokens[i] for i, dropped in zip(chosen, rng.random(batch) < EMPTY_SHARE)]
         # half of them noisy: what stands where is decided in noise
         anywhere, noisy = rng.integers(0, 1000, batch), rng.integers(700, 1000, batch)
-        t = torch.from_numpy(np.where(rng.random(batch) < 0.5, anywhere, noisy))
-        a = alphas[t].view(-1, 1, 1, 1).to(device)
-        clean = z[chosen].to(device)
-        drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(device)
+        t = torch.from_numpy(np.where(rng.random(batch) < 0.5, anywhere, noisy)).to(how.device)
+        a, clean = alphas[t].view(-1, 1, 1, 1), z[torch.from_numpy(chosen).to(how.device)]
+        drawn = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(how.device)
         x, v = a.sqrt() * clean + (1 - a).sqrt() * drawn, a.sqrt() * drawn - (1 - a).sqrt() * clean
-        error = model.unet(x, t.to(device), Conditioning(states(ids)))[0] - v
+        error = model.unet(x, t, Conditioning(states(ids)))[0] - v
         others = rng.choice(count, 2 * batch, replace=False)  # the tower is small: more captions cost nothing
         stands = model.layout(states([tokens[i] for i in others]))
-        return error.square().mean() + LAYOUT_WEIGHT * F.cross_entropy(stands, cells[others].to(device))
+        there = cells[torch.from_numpy(others).to(how.device)]
+        return error.square().mean() + LAYOUT_WEIGHT * F.cross_entropy(stands, there)
 
-    train("unet", model, loss_of, steps, 8e-3)
+    train(RUN / "unet.pt", model, loss_of, steps, 8e-3, how)
 
 
 def export(config: Config, count: int) -> None:
     """Write weights/flatland.safetensors: fp16, original key layout, config and vocabulary in its metadata."""
-    vae = torch.load(RUN / "vae.pt", weights_only=True)["average"]
-    denoiser = torch.load(RUN / "unet.pt", weights_only=True)["average"]
+    vae = torch.load(RUN / "vae.pt", map_location="cpu", weights_only=True)["average"]
+    denoiser = torch.load(RUN / "unet.pt", map_location="cpu", weights_only=True)["average"]
     tensors = {f"first_stage_model.{k}": v for k, v in vae.items()}
     for name, value in denoiser.items():
         part, rest = name.split(".", 1)
@@ -340,7 +266,7 @@ def export(config: Config, count: int) -> None:
     vocab = {"scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": flatland.WORDS}
     metadata = {"scfg.config": config_to_json(config)} | {k: json.dumps(v) for k, v in vocab.items()}
     save_file({k: v.half().contiguous() for k, v in tensors.items()}, HERE / "flatland.safetensors", metadata)
-    judge = torch.load(RUN / "judge.pt", weights_only=True)["average"]
+    judge = torch.load(RUN / "judge.pt", map_location="cpu", weights_only=True)["average"]
     save_file({k: v.half().contiguous() for k, v in judge.items()}, HERE / "judge.safetensors")
     for path in (HERE / "flatland.safetensors", HERE / "judge.safetensors"):
         tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -361,6 +287,15 @@ def main() -> None:
     parser.add_argument("--batch", type=natural, help="(default: 8 for vae, 32 for the others)")
     parser.add_argument("--scenes", type=natural, default=16384, help="scenes to train on (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="products in bfloat16, which GPUs and newer CPUs are faster at"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the networks, which takes a minute and needs a C++ compiler"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="save and leave after so many; the same command goes on"
+    )
     args = parser.parse_args()
     RUN.mkdir(exist_ok=True)
     for before in {"vae": (), "judge": ("vae",), "unet": ("vae",), "export": ("vae", "judge", "unet")}[args.phase]:
@@ -376,7 +311,8 @@ def main() -> None:
     else:
         usual = {"vae": (train_vae, 1400, 8), "judge": (train_judge, 1000, 32), "unet": (train_unet, 6000, 32)}
         phase, steps, batch = usual[args.phase]
-        phase(config, args.steps or steps, args.scenes, args.batch or batch, args.device)
+        how = How(args.device, args.bfloat16, args.compile, args.minutes)
+        phase(config, args.steps or steps, args.scenes, args.batch or batch, how)
 
 
 if __name__ == "__main__":
