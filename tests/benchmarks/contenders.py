@@ -167,7 +167,7 @@ def steps(reference: nn.Module, config: Config, side: int, compiled: bool = Fals
     hooked.load_state_dict(reference.state_dict(), assign=True)
     hooked.set_attn_processor(explicit)
     if compiled:
-        model.unet.compile(fullgraph=True)
+        model = model.compiled()  # which lays out the weights, that both share, channels last
         reference.compile(fullgraph=True)
     ours = {
         name: our_step(model, guidance, x, prompt)

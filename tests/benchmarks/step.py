@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="(default: float32 on the cpu, else float16)"
     )
-    parser.add_argument("--compile", action="store_true", help="ours and diffusers' networks, for the part `steps`")
+    parser.add_argument("--compile", action="store_true", help="our step and diffusers' network, for the part `steps`")
     parser.add_argument(
         "--keep", action="store_true", help="freed memory is kept, as sample.py does, for all contenders"
     )
