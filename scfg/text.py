@@ -87,11 +87,11 @@ class Conditioner:
     def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
         """What the rows of a step on a latent of this shape (b, c, h, w) are conditioned on.
 
-        Put together once a run, unless it has gradients. moment and previous are for prompts that depend on them, which
-        have the same method.
+        Put together once a run, unless gradients pass it. moment and previous are for prompts that depend on them,
+        which have the same method.
         """
         texts = [row.text for row in rows]
-        key = (*texts, *shape, torch.is_inference_mode_enabled())
+        key = (*texts, *shape, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if key in self.made:
             return self.made[key]
         tokens = self.stack(self.tokens, texts, shape[0])
@@ -99,7 +99,7 @@ class Conditioner:
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
         made = Conditioning(tokens, vector, weight, tokens.shape[1])
         made = self.prepare(made) if self.prepare else made
-        if not any([keys.requires_grad for keys, _ in made.known().values()]):
+        if not made.tokens.requires_grad:  # whose graph the first backward pass would free
             self.made[key] = made
         return made
 

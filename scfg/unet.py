@@ -361,7 +361,9 @@ class UNet(nn.Module):
         return [module.name for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """With the keys and values of its tokens, which are constant over a run."""
+        """With the keys and values of its tokens, for as long as the weights stay; not while they are trained."""
+        if any([parameter.requires_grad for parameter in self.parameters()]):
+            return conditioning
         tokens, blocks = conditioning.tokens, [block for block in self.modules() if isinstance(block, TransformerBlock)]
         projected = {block.name: (block.attn2.to_k(tokens), block.attn2.to_v(tokens)) for block in blocks}
         return conditioning._replace(projected=(tokens, projected))

@@ -1,5 +1,6 @@
 """Tokens, words, text towers, and prompts of one chunk."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -240,6 +241,23 @@ def test_gradients_reach_a_context_in_every_step(flat):
     whole = flat.prompt("a red car")
     cond = whole.context["cond"].clone().requires_grad_()
     denoise = flat.denoiser(replace(whole, context=whole.context | {"cond": cond}), scfg.CFG(3.0))
+    with torch.no_grad():
+        denoise(seeded(1, 4, 8, 8), 2.0)
     for _ in range(2):
         (gradient,) = torch.autograd.grad(denoise(seeded(1, 4, 8, 8), 2.0).x0.square().sum(), cond)
         assert gradient.abs().max() > 0
+
+
+def test_a_network_that_is_trained_projects_its_tokens_anew(tiny, prompt):
+    """In an evaluation between two steps of its training too."""
+    x, unet = seeded(1, 4, 8, 8), copy.deepcopy(tiny.unet).requires_grad_()
+    one = scfg.Prompt({text: states[:1] for text, states in prompt.context.items()})
+    denoise, found = replace(tiny, unet=unet).denoiser(one, scfg.CFG(3.0)), []
+    keys = [module.attn2.to_k.weight for module in unet.modules() if hasattr(module, "attn2")]
+    for _ in range(2):
+        with torch.no_grad():
+            found.append(denoise(x, 2.0).x0)
+            for weight in keys:
+                weight.mul_(2)
+    assert error(found[1], found[0]) > 1e-4
+    assert denoise(x, 2.0).x0.requires_grad
