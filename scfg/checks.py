@@ -1,19 +1,26 @@
 """What callers give, checked before any work: each of these raises BadInput with one line that says what to give."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from .config import Config, TextConfig
+from .config import Config, TextConfig, predicting
 from .errors import BadInput, listed, shown, whole_number
 from .schedule import HIGHEST, Prediction
 from .unet import Capture
 
+if TYPE_CHECKING:  # which hand on to these checks
+    from .denoise import Denoiser
+    from .diffusion import Diffusion
+
+MANY = 64 * 64  # pixels of maps, beyond which they may not fit into memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -27,6 +34,18 @@ def check_load(device: Any, dtype: Any, prediction: Any) -> None:
         raise BadInput(f"dtype is one of {', '.join(map(str, DTYPES))}, not {shown(dtype)}")
     if prediction not in (None, *get_args(Prediction)):
         raise BadInput(f"prediction is eps or v, not {shown(prediction)}")
+
+
+def predicted(model: "Diffusion", requested: Prediction | None, known: bool) -> "Diffusion":
+    """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
+    said = model.config.schedule.prediction
+    if not (requested or known):
+        from .formats import ask_prediction
+
+        return ask_prediction(model)
+    if requested and known and requested != said:
+        warnings.warn(f"prediction {requested} was asked for, but this checkpoint says {said}", stacklevel=3)
+    return replace(model, config=predicting(model.config, requested or said))
 
 
 def check_texts(what: str, texts: Any) -> None:
@@ -73,6 +92,14 @@ def check_sent(sent: Any, x: Tensor) -> None:
     if sent is not None and getattr(sent, "shape", None) != x.shape:
         found = tuple(sent.shape) if isinstance(sent, Tensor) else shown(sent)
         raise BadInput(f"what is sent back takes the place of x, {tuple(x.shape)}: it is {found}")
+
+
+def check_memory(denoiser: "Denoiser", pictures: int, size: tuple[int, int], factor: int) -> None:
+    """Raise BadInput where the maps of so many pictures of a size are large, and do not fit into memory."""
+    if pictures * math.prod(size) > MANY * (denoiser.map_divisor * factor) ** 2:
+        from .large import check_maps
+
+        check_maps(denoiser, denoiser.device or torch.device("cpu"), pictures, size, factor)
 
 
 def seeds_of(seeds: int | Sequence[int], count: int, fixed: bool) -> list[int]:

@@ -126,12 +126,13 @@ class Diffusion:
         guidance: Guidance | Rule | None = None,
         segment: Recipe | None = None,
         capture: Capture | None = None,
+        once: bool = False,
     ) -> Denoiser:
         """The method itself, (x, sigma, previous Denoised or None) -> Denoised; differentiable.
 
         prompt: encoded, or texts as they are; that of one picture serves any batch. guidance: by default S-CFG at the
         family's scale. segment: read regions by this recipe at every step, in place of the rule's own. capture: maps
-        to return in Denoised.maps.
+        to return in Denoised.maps. once: project the prompt's tokens once, for a run during which the weights stay.
         """
         from .checks import check_layers, check_readers
         from .data import check_guidance
@@ -146,7 +147,9 @@ class Diffusion:
             guidance = replace(guidance, scale=guidance.scale.on(self.device))
         check_layers(guidance.perturb.layers if guidance.perturb else (), self.unet.transformer_names())
         segment = segment or ((guidance.recipe or OFFICIAL) if prompt.needs_regions else None)
-        conditioner = prompt.conditioner(self.config, self.device, self.dtype, self.unet.prepare)
+        conditioner = prompt.conditioner(self.config, self.device, self.dtype)
+        if once and hasattr(conditioner, "prepared"):
+            conditioner = conditioner.prepared(self.unet.prepare)
         parts = self.unet, self.config.schedule, conditioner, guidance, self.dtype, segment
         denoiser = Denoiser(*parts, self.config.map_divisor, capture, self.device, self.step)
         if self.config.unet.guidance_dim:
@@ -210,14 +213,13 @@ class Diffusion:
         the family's. seeds: one for each picture, or that of the first (the others count on). sigmas: noise levels in
         place of the native ones. latent: starting noise (b c h w) of unit variance in place of the seeds' first.
         """
-        from .checks import falling, seeds_of, start_of
-        from .large import check_maps
+        from .checks import check_memory, falling, seeds_of, start_of
 
         prompt = self.encoded(prompt)
         latent, size = start_of(latent, size, self.config)
         seeds = seeds_of(seeds, prompt.pictures if latent is None else len(latent), latent is not None)
-        noise, denoiser = self.noise(seeds, size), self.denoiser(prompt, guidance)
-        check_maps(denoiser, self.device, len(seeds), size, self.config.vae.factor)
+        noise, denoiser = self.noise(seeds, size), self.denoiser(prompt, guidance, once=True)
+        check_memory(denoiser, len(seeds), size, self.config.vae.factor)
         sigmas = falling(self.sigmas(steps, sampler, None) if sigmas is None else sigmas)
         first = noise()  # also if latent is given: that may be this very draw, which must not come again
         start = first if latent is None else latent.to(self.device, torch.float32)
@@ -252,7 +254,7 @@ class Diffusion:
 
     def decoded(self, vae: VAE, latent: Tensor) -> Tensor:
         """A VAE's own pictures, (b 3 H W) about [-1, 1] in float32."""
-        from .large import decode
+        from .memory import decode
 
         with exact(self.device):
             latent = (latent / self.config.latent_scale).to(self.device, vae.quant_conv.weight.dtype)
@@ -295,8 +297,7 @@ def load(
     transformers folder or bpe_simple_vocab_16e6.txt.gz. ema: the averaged weights of the U-Net. offload: keep the text
     towers off the device except while encoding.
     """
-    from .checks import check_load, paths_of
-    from .formats import predicted
+    from .checks import check_load, paths_of, predicted
 
     check_load(device, dtype, prediction)
     dtype = dtype or (torch.float32 if torch.device(device).type in ("cpu", "mps") else torch.float16)

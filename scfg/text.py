@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 from unicodedata import normalize
 
@@ -19,7 +19,7 @@ from .segment import Tokens, Word
 from .unet import Conditioning, exact, timestep_embedding
 
 Texts = str | Sequence[str]
-Prepare = Callable[[Conditioning], Conditioning] | None
+Prepare = Callable[[Conditioning], Conditioning]
 
 
 class PromptLike(Protocol):
@@ -31,7 +31,7 @@ class PromptLike(Protocol):
     @property
     def needs_regions(self) -> bool: ...
 
-    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None) -> Any: ...
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,8 @@ class Prompt:
     def pictures(self) -> int:
         return max(map(len, self.context.values()))
 
-    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None) -> Any:
-        """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length.
-
-        prepare: applied to a Conditioning that stays the same over the run, such as UNet.prepare.
-        """
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "Conditioner":
+        """This prompt as a network takes it for a run: on its device, in its dtype, all texts of one length."""
         from .checks import check_context
 
         check_context(self.context, self.pooled, config)
@@ -69,7 +66,7 @@ class Prompt:
         pooled = {text: states.to(device, dtype) for text, states in self.pooled.items()}
         zeros = (tokens["uncond"] == 0).flatten(1).all(1)
         layout = Tokens(self.chunk or longest, self.words, zeros if zeros.any() else None, bool(zeros.all()))
-        return Conditioner(config, tokens, pooled, weight if filled else {}, layout, prepare)
+        return Conditioner(config, tokens, pooled, weight if filled else {}, layout)
 
 
 @dataclass(frozen=True)
@@ -81,26 +78,27 @@ class Conditioner:
     pooled: dict[str, Tensor]  # (b p), XL's
     weight: dict[str, Tensor]  # (b t 1 1): 0 for filler; empty where there is none
     layout: Tokens
-    prepare: Prepare
-    made: dict[Any, Conditioning] = field(default_factory=dict)  # by what it depends on
+    prepare: Prepare | None = None  # applied once to what a set of rows is conditioned on, which is then kept
+    kept: dict[Any, Conditioning] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def prepared(self, prepare: Prepare) -> "Conditioner":
+        """For a run during which neither the texts nor the weights that `prepare` reads change."""
+        return replace(self, prepare=prepare)
 
     def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
         """What the rows of a step on a latent of this shape (b, c, h, w) are conditioned on.
 
-        Put together once a run, unless gradients pass it. moment and previous are for prompts that depend on them,
-        which have the same method.
+        moment and previous are for prompts that depend on them, which have the same method.
         """
         texts = [row.text for row in rows]
-        key = (*texts, *shape, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if key in self.made:
-            return self.made[key]
+        if (*texts, *shape) in self.kept:
+            return self.kept[*texts, *shape]
         tokens = self.stack(self.tokens, texts, shape[0])
         weight = self.stack(self.weight, texts, shape[0]) if self.weight else None
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
         made = Conditioning(tokens, vector, weight, tokens.shape[1])
-        made = self.prepare(made) if self.prepare else made
-        if not made.tokens.requires_grad:  # whose graph the first backward pass would free
-            self.made[key] = made
+        if self.prepare:
+            made = self.kept[*texts, *shape] = self.prepare(made)
         return made
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:

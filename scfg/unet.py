@@ -85,9 +85,11 @@ class Conditioning(NamedTuple):
         """What the weight adds to the attention logits of h x w pixels, (r*b 1 h*w|1 t)."""
         if self.weight is None:
             return None
-        from .resize import by_area
+        weight = self.weight
+        if weight.shape[-2:] != (1, 1):
+            from .resize import by_area
 
-        weight = self.weight if self.weight.shape[-2:] == (1, 1) else by_area(self.weight, size)
+            weight = by_area(weight, size)
         bias = weight.log().masked_fill((weight > 0) & (weight < NOWHERE), SILENCED)
         return rearrange(bias, "b t h w -> b 1 (h w) t").to(self.tokens.dtype)
 
@@ -361,9 +363,7 @@ class UNet(nn.Module):
         return [module.name for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """With the keys and values of its tokens, for as long as the weights stay; not while they are trained."""
-        if any([parameter.requires_grad for parameter in self.parameters()]):
-            return conditioning
+        """With the keys and values of its tokens, for as long as the weights stay as they are."""
         tokens, blocks = conditioning.tokens, [block for block in self.modules() if isinstance(block, TransformerBlock)]
         projected = {block.name: (block.attn2.to_k(tokens), block.attn2.to_v(tokens)) for block in blocks}
         return conditioning._replace(projected=(tokens, projected))

@@ -16,15 +16,16 @@ import scfg
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "scfg"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-SPINE = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem not in ("checks", "cpu", "data", "resize")]
+BESIDE = ("checks", "cpu", "data", "memory", "resize")  # modules that the spine hands on to, as it does to wings
+SPINE = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem not in BESIDE]
 WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 OURS = [*sorted(PACKAGE.rglob("*.py")), ROOT / "sample.py", *sorted((ROOT / "weights").glob("*.py"))]
 
 # What a wing may import of other wings: the command puts all together, the evaluation measures the others.
 ALLOWED = {"cli": set(WINGS), "evaluate": {"flatland", "formats", "methods", "regional"}}
 # Where the spine hands something on to a wing, inside a function and only when it is met.
-HANDED_ON = {("checkpoint", "data"), ("checkpoint", "formats"), ("diffusion", "data"), ("diffusion", "formats")}
-HANDED_ON |= {("diffusion", "gpu"), ("diffusion", "large"), ("diffusion", "methods"), ("text", "formats")}
+HANDED_ON = {("checkpoint", "data"), ("checkpoint", "formats"), ("diffusion", "data")}
+HANDED_ON |= {("diffusion", "gpu"), ("diffusion", "memory"), ("diffusion", "methods"), ("text", "formats")}
 HANDED_ON |= {(module, "checks") for module in ("diffusion", "guidance", "text")} | {("unet", "resize")}
 
 
@@ -91,7 +92,7 @@ def imports(path: Path) -> set[tuple[str, bool]]:
 
 def test_the_spine_imports_no_wing_but_where_it_hands_something_on():
     for path in SPINE:
-        wings = {(name, top) for name, top in imports(path) if name in (*WINGS, "checks", "cpu", "data")}
+        wings = {(name, top) for name, top in imports(path) if name in (*WINGS, *BESIDE)}
         if path.stem != "__init__":
             assert not [name for name, top in wings if top], path
         assert path.stem == "__init__" or {(path.stem, name) for name, _ in wings} <= HANDED_ON

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
 SAVE_EVERY = 200
 READ_EVERY = 20  # steps after which the loss is read, for which the host waits
@@ -120,6 +120,7 @@ def train(
     """Minimise loss_of(random generator, share done); keeps an average of the parameters, saved at path and resumed.
 
     The rate falls in the last quarter of the steps only, so that a training can be made longer before it gets there.
+    Raises SystemExit, which is status 1, where how.minutes are over before its end.
     """
     optimizers, average = optimizers_of(model, rate, how), Average(model)
     first, started = resume(path, model, optimizers, average, how.device), time.monotonic()
@@ -140,11 +141,10 @@ def train(
         smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.02)
         if step % READ_EVERY == 0:
             progress.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)
-        over = time.monotonic() - started > 60 * how.minutes
+        over = time.monotonic() - started > 60 * how.minutes and step + 1 < steps
         if over or step + 1 == steps or (step + 1) % SAVE_EVERY == 0:
             save(path, model, optimizers, average, step + 1)
         if over:
-            tqdm.write(
-                f"{how.minutes:g} minutes are over: {step + 1} of {steps} steps are done, the same command goes on"
+            raise SystemExit(
+                f"{how.minutes:g} minutes are over after step {step + 1} of {steps}: the same command goes on"
             )
-            return

@@ -149,7 +149,7 @@ def plan(model: Diffusion, args: argparse.Namespace) -> Job:
     sampler, sigmas = sampler_of(args), model.sigmas(args.steps, args.sampler, args.spacing)
     shown = {sigmas[i] for i in middle_third(args.steps)}
     prompt = prompt_of(model, args, sigmas)
-    denoise = watched(model, model.denoiser(prompt, guidance), args, shown)
+    denoise = watched(model, model.denoiser(prompt, guidance, once=True), args, shown)
     if args.refiner:
         args.refiner_from = 0.8 if args.refiner_from is None else args.refiner_from
         refiner, schedule = load(args.refiner, args, main=False), model.config.schedule
@@ -157,7 +157,7 @@ def plan(model: Diffusion, args: argparse.Namespace) -> Job:
         if schedule.time(sigmas[-2]) >= handover_time(schedule, args.refiner_from):
             what = f"none of the {args.steps} steps lies in its share of the timesteps"
             warnings.warn(f"the refiner never takes over: {what}", stacklevel=2)
-        late = watched(refiner, refiner.denoiser(prompt_of(refiner, args, sigmas), guidance), args, shown)
+        late = watched(refiner, refiner.denoiser(prompt_of(refiner, args, sigmas), guidance, once=True), args, shown)
         denoise = hand_over(late, schedule, args.refiner_from)(denoise)
     for line in [*unusual(args, model, guidance), *idle(args, model, guidance, sigmas[:-1])]:
         warnings.warn(line, stacklevel=2)

@@ -85,16 +85,6 @@ def pooled_size(model: Diffusion) -> int:
     return model.config.unet.vector_dim - 256 * (5 if model.config.aesthetic_scores else 6)
 
 
-def predicted(model: Diffusion, requested: Prediction | None, known: bool) -> Diffusion:
-    """The model, which predicts what was requested, else what its file says (known), else what its network answers."""
-    said = model.config.schedule.prediction
-    if not (requested or known):
-        return ask_prediction(model)
-    if requested and known and requested != said:
-        warnings.warn(f"prediction {requested} was asked for, but this checkpoint says {said}", stacklevel=3)
-    return replace(model, config=predicting(model.config, requested or said))
-
-
 def ask_prediction(model: Diffusion) -> Diffusion:
     """A model whose file does not say what it predicts, with what its network answers, or else the family's usual."""
     config, found = model.config, predicts(model)

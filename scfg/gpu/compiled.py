@@ -46,7 +46,8 @@ class Compiled:
 
     def __call__(self, denoiser: Denoiser, x: Tensor, now: Moment, calls: Sequence[Asked], state: Any) -> Denoised:
         """As `step`; raises BadInput for what cannot be compiled, here or at all."""
-        numbers: Any = [x.new_full((), number, dtype=torch.float32) for number in now]  # Apple's GPUs lack float64
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        numbers: Any = [x.new_full((), number, dtype=exact) for number in now]
         strength, when = float(denoiser.guidance.strength(now)), None
         if strength not in (0, 1):  # with 0 there is no unconditional row to guide by
             when = Strength(x.new_full((), strength))

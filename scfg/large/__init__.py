@@ -1,6 +1,6 @@
 """Pictures too large for memory: decoded in bands, or refused before any work."""
 
-from .bands import decode, decode_in_bands
+from .bands import decode_in_bands
 from .maps import check_maps
 
-__all__ = ["check_maps", "decode", "decode_in_bands"]
+__all__ = ["check_maps", "decode_in_bands"]

@@ -1,8 +1,7 @@
 """Exact decoding in bands of pictures too large to be decoded at once."""
 
-import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -11,10 +10,6 @@ from torch.nn import functional as F
 
 from ..errors import BadInput
 from ..vae import VAE, ResBlock, Upsample
-from .memory import free_memory
-
-WHOLE = 128 * 128  # latent pixels that a CPU decodes at once: more would be no faster
-ROOM = 0.8  # share of the free memory that is counted on: convolutions take some to work in
 
 
 class Band(NamedTuple):
@@ -91,23 +86,3 @@ def decode_in_bands(vae: VAE, latent: Tensor, rows: int = 32) -> Tensor:
     for band in bands(h, None, rows):
         image[:, :, band.rows] = decoder.conv_out(F.silu(band.x * scale + shift).to(h.dtype))[:, :, band.own]
     return image
-
-
-def whole_bytes(vae: VAE) -> int:
-    """The memory that decoding a latent pixel whole takes at its peak.
-
-    That is before the finest level's first convolution, of as many channels as the level before has: what it is of, the
-    same normed and that after its nonlinearity.
-    """
-    level: Any = vae.decoder.up[0]  # a ModuleList does not say what it holds
-    numbers = 3 * level.block[0].norm1.num_channels * 4 ** (len(vae.decoder.up) - 1)
-    return int(numbers * vae.quant_conv.weight.element_size())
-
-
-def decode(vae: VAE, latent: Tensor) -> Tensor:
-    """vae.decode, as many pictures at once as memory has room for; in bands where it has none for one whole."""
-    pixels, room = math.prod(latent.shape[-2:]), ROOM * free_memory(latent.device) / whole_bytes(vae)
-    most = min(room, WHOLE) if latent.device.type == "cpu" or room == math.inf else room
-    if pixels > most:
-        return torch.cat([decode_in_bands(vae, one) for one in torch.split(latent, 1)])
-    return torch.cat([vae.decode(some) for some in torch.split(latent, int(most) // pixels)])

@@ -6,8 +6,8 @@ import torch
 
 from ..denoise import Denoiser
 from ..errors import BadInput
+from ..memory import free_memory
 from ..unet import AT_ONCE
-from .memory import free_memory
 
 
 def check_maps(

@@ -39,10 +39,8 @@ class ComposedPrompt:
     def pictures(self) -> int:
         return self.steps[0].pictures
 
-    def conditioner(
-        self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None
-    ) -> "ComposedConditioner":
-        made = {id(prompt): prompt.conditioner(config, device, dtype, prepare) for prompt in self.steps}
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "ComposedConditioner":
+        made = {id(prompt): prompt.conditioner(config, device, dtype) for prompt in self.steps}
         steps = tuple(made[id(prompt)] for prompt in self.steps)
         if self.weights is None:
             return ComposedConditioner(steps, self.sigmas)
@@ -65,6 +63,11 @@ class ComposedConditioner:
     @property
     def layout(self) -> Tokens:
         return self.steps[0].layout
+
+    def prepared(self, prepare: Prepare) -> "ComposedConditioner":
+        """As Conditioner.prepared; steps that share a prompt go on to."""
+        made = {id(step): step.prepared(prepare) for step in self.steps}
+        return replace(self, steps=tuple(made[id(step)] for step in self.steps))
 
     def condition(self, rows: Sequence[Row], moment: Moment, previous: Any, shape: Sequence[int]) -> Conditioning:
         """Of the step that starts at this noise level, or at the next higher one: a row for every sub-prompt."""

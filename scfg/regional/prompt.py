@@ -13,7 +13,7 @@ from ..errors import BadInput, shown
 from ..guidance import COND, Row
 from ..schedule import Moment
 from ..segment import Tokens, Word
-from ..text import Conditioner, Prepare
+from ..text import Conditioner
 from ..unet import LEAST, Conditioning
 from .area import Area, area_of, fitted, nowhere, too_small
 
@@ -69,10 +69,7 @@ class RegionalPrompt:
     def needs_regions(self) -> bool:
         return any(part.area.needs_regions for part in self.parts)
 
-    def conditioner(
-        self, config: Config, device: torch.device, dtype: torch.dtype, prepare: Prepare = None
-    ) -> "RegionalConditioner":
-        """prepare does not act: which parts join the whole prompt may change from step to step."""
+    def conditioner(self, config: Config, device: torch.device, dtype: torch.dtype) -> "RegionalConditioner":
         prompts = tuple(part.prompt.conditioner(config, device, dtype) for part in self.parts)
         placed = tuple(part.area.on(device) for part in self.parts)
         return RegionalConditioner(self.whole.conditioner(config, device, dtype), self.parts, prompts, placed)

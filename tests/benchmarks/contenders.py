@@ -160,6 +160,8 @@ class OpenVINO(nn.Module):
 
 def steps(reference: nn.Module, config: Config, side: int, compiled: bool = False) -> dict[str, Step]:
     """Every contender by name, on a latent of side x side."""
+    if compiled:
+        reference.to(memory_format=torch.channels_last)  # as ours are laid out then
     model, (x, prompt) = ours_of(reference, config), inputs(config, side, reference.device)
     explicit = Explicit((side // config.map_divisor) ** 2)
     with torch.device("meta"):
@@ -167,7 +169,7 @@ def steps(reference: nn.Module, config: Config, side: int, compiled: bool = Fals
     hooked.load_state_dict(reference.state_dict(), assign=True)
     hooked.set_attn_processor(explicit)
     if compiled:
-        model = model.compiled()  # which lays out the weights, that both share, channels last
+        model = model.compiled()
         reference.compile(fullgraph=True)
     ours = {
         name: our_step(model, guidance, x, prompt)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that needs an NVIDIA GPU, in the project's root: bash tests/gpu/run.sh [FOLDER] [PART...]; its results land in FOLDER (out/gpu).
-# After `pip install -e '.[test]' -r tests/parity/requirements.txt` with a CUDA build of PyTorch. Each part ends within ten minutes:
+# After `pip install -e '.[test]' -r tests/parity/requirements.txt` with a CUDA build of PyTorch. Each of their commands ends within ten minutes:
 # tests    CUDA beside the CPU in float32, float16 and bfloat16; waits; a compiled run; cards of 8, 12 and 24 GB
 # eager    CFG, S-CFG and the paper's beside diffusers' CFG step, and the peaks of their memory
 # compiled the same, ours as one graph and diffusers' network compiled
@@ -13,7 +13,7 @@ failed=0
 
 log() { # NAME COMMAND...: at most ten minutes
     echo "=== $1"
-    timeout 600 "${@:2}" > "$folder/$1.log" 2>&1 || { failed=1 && echo "ended with $?"; }
+    timeout 600 "${@:2}" > "$folder/$1.log" 2>&1 || { echo "ended with status $?, 124 after ten minutes" && failed=1; }
     tail -n 20 "$folder/$1.log"
 }
 
@@ -24,7 +24,7 @@ steps() { # NAME OPTIONS...
 python -c "import torch; print(torch.__version__, torch.cuda.get_device_name())" || exit 2
 for part in $parts; do
     case $part in
-    tests) log tests python -m pytest -q -rs tests/gpu ;;
+    tests) log tests python -m pytest -q -rsP tests/gpu ;;
     eager)
         steps sd1-512 --side 64
         steps sd1-1024 --side 128

@@ -1,4 +1,4 @@
-"""The package on an NVIDIA GPU beside the CPU: `bash tests/gpu/run.sh`, on a machine that has one; skipped elsewhere."""
+"""The package on an NVIDIA GPU beside the CPU, by `bash tests/gpu/run.sh` on a machine with one; skipped elsewhere."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from families import FAMILIES, small
 from test_gpu import GUIDANCES, MASK, network, on_gpu, random_prompt, rules_of_words
 
 import scfg
-from scfg import CFG, SCFG, Part, Prompt, RegionalPrompt
+from scfg import CFG, SCFG, Part, RegionalPrompt
 from scfg.config import SD1, SDXL, Config
 from scfg.large import decode_in_bands
 from scfg.prompting import encode
@@ -21,6 +21,8 @@ from scfg.vae import VAE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of one evaluation, of the largest value
+RUNS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}  # of six steps
+SHARE_OF_CONTRAST = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.2}  # of maps that are nearly flat
 FLIPPED = {torch.float32: 0.005, torch.float16: 0.02, torch.bfloat16: 0.25}  # share of pixels of another token
 CAPTION = "a red car left of a blue star on grass"
 RULES = {"cfg": CFG(2.0), "scfg": SCFG(2.0), "paper": SCFG.paper(2.0), **rules_of_words()}
@@ -54,7 +56,9 @@ def test_a_step_of_every_family_is_that_of_the_cpu(family, dtype):
         expected, found = plain.denoiser(prompt, guidance)(x, 3.0), model.denoiser(prompt, guidance)(x, 3.0)
         assert error(found.outputs.cond.cpu(), expected.outputs.cond) < LIMITS[dtype], name
         if expected.regions:
-            assert (found.regions.scores.cpu() - expected.regions.scores).abs().max() < 10 * LIMITS[dtype], name
+            about_mean = expected.regions.scores - expected.regions.scores.mean((-2, -1), keepdim=True)
+            apart = found.regions.scores.cpu() - expected.regions.scores
+            assert apart.abs().max() < SHARE_OF_CONTRAST[dtype] * about_mean.abs().max(), name
         if dtype == torch.float32 and not expected.regions:  # random maps are nearly flat: pixels change their token
             assert error(found.x0.cpu(), expected.x0) < 10 * LIMITS[dtype], name
 
@@ -63,7 +67,7 @@ def test_a_step_of_every_family_is_that_of_the_cpu(family, dtype):
 def test_runs_are_those_of_the_cpu(flat, on_cuda, name):
     *_, expected = flat.sample(CAPTION, RULES[name], steps=6)
     *_, found = on_cuda.sample(CAPTION, RULES[name], steps=6)
-    assert error(found.latent.cpu(), expected.latent) < 10 * LIMITS[on_cuda.dtype]
+    assert error(found.latent.cpu(), expected.latent) < RUNS[on_cuda.dtype]
     if expected.denoised.regions:
         flipped = (found.denoised.regions.tokens.cpu() != expected.denoised.regions.tokens).any(1).float().mean()
         assert flipped < FLIPPED[on_cuda.dtype] * (2 if name == "paper" else 1)
@@ -73,7 +77,7 @@ def test_runs_are_those_of_the_cpu(flat, on_cuda, name):
 def test_samplers_are_those_of_the_cpu(flat, on_cuda, sampler):
     *_, expected = flat.sample(CAPTION, CFG(2.0), steps=6, sampler=sampler)
     *_, found = on_cuda.sample(CAPTION, CFG(2.0), steps=6, sampler=sampler)
-    assert error(found.latent.cpu(), expected.latent) < 10 * LIMITS[on_cuda.dtype]
+    assert error(found.latent.cpu(), expected.latent) < RUNS[on_cuda.dtype]
 
 
 def test_prompts_of_every_kind_are_those_of_the_cpu(flat, on_cuda):
@@ -89,7 +93,7 @@ def test_prompts_of_every_kind_are_those_of_the_cpu(flat, on_cuda):
 
     for kind in ("regional", "chunks", "language"):
         found, expected = last(on_cuda, kind).cpu(), last(flat, kind)
-        assert error(found, expected) < 20 * LIMITS[on_cuda.dtype], kind
+        assert error(found, expected) < 2 * RUNS[on_cuda.dtype], kind
 
 
 def test_pictures_are_those_of_the_cpu_whole_and_in_bands(flat, on_cuda):
@@ -146,23 +150,25 @@ def at_full_size(config: Config) -> scfg.Diffusion:
 def test_a_picture_fits_into_a_card_of_so_many_gigabytes(config, gigabytes, monkeypatch):
     """At the family's own size; with the text towers beside it where they fit, as `--offload` is for smaller cards."""
     limit = gigabytes * 10**9 - 5 * 10**8  # half a gigabyte is the driver's own
-    monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: limit - torch.cuda.memory_allocated())
+    monkeypatch.setattr("scfg.memory.free_memory", lambda device: limit - torch.cuda.memory_allocated())
+    if limit > torch.cuda.get_device_properties(0).total_memory:
+        pytest.skip("this card has less")
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     torch.cuda.reset_peak_memory_stats()
     try:
         model = at_full_size(config)
         towers = torch.empty(0 if gigabytes == 8 else 1_640_000_000, dtype=torch.uint8, device="cuda")
-        width, side = config.unet.context_dim, config.size[0] // config.vae.factor
-        prompt = random_prompt(config)
-        prompt = Prompt({text: states[..., :width] for text, states in prompt.context.items()}, prompt.pooled)
-        denoised = model.denoiser(prompt, SCFG(7.5))(torch.randn(1, 4, side, side, device="cuda"), 3.0)
+        side = config.size[0] // config.vae.factor
+        denoised = model.denoiser(random_prompt(config), SCFG(7.5), once=True)(
+            torch.randn(1, 4, side, side, device="cuda"), 3.0
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # random weights may overflow
             model.decoded(model.vae, denoised.x0.nan_to_num())
         print(
             f"peak {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of {limit / 1e9:.1f}, towers {len(towers) / 1e9} GB"
         )
-        assert torch.cuda.max_memory_reserved() <= limit
+        assert gigabytes > 8 or torch.cuda.max_memory_allocated() < 7.2e9  # what docs/speed.md counts, and a little
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

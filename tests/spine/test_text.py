@@ -1,6 +1,5 @@
 """Tokens, words, text towers, and prompts of one chunk."""
 
-import copy
 import itertools
 from dataclasses import replace
 
@@ -226,38 +225,32 @@ def test_a_context_without_one_of_its_halves_is_refused(flat):
 
 
 def test_what_a_run_conditions_on_is_put_together_once(flat):
-    denoise = flat.denoiser("a red car", scfg.SCFG(3.0))
     rows, shape = (scfg.guidance.UNCOND, scfg.guidance.COND), (1, 4, 8, 8)
-    first = denoise.prompt.condition(rows, None, None, shape)
-    assert denoise.prompt.condition(rows, None, None, shape) is first and len(first.known()) > 4
-    assert denoise.prompt.condition(rows[1:], None, None, shape).tokens.shape[0] == 1
-    assert denoise.prompt.condition(rows, None, None, (2, 4, 8, 8)).tokens.shape[0] == 4
-    with torch.inference_mode():  # whose tensors no gradient passes
-        assert denoise.prompt.condition(rows, None, None, shape) is not first
+    prompt = flat.denoiser("a red car", scfg.SCFG(3.0), once=True).prompt
+    first = prompt.condition(rows, None, None, shape)
+    assert prompt.condition(rows, None, None, shape) is first and len(first.known()) > 4
+    assert prompt.condition(rows[1:], None, None, shape).tokens.shape[0] == 1
+    assert prompt.condition(rows, None, None, (2, 4, 8, 8)).tokens.shape[0] == 4
+    other = replace(prompt, tokens={text: 2 * states for text, states in prompt.tokens.items()})
+    assert torch.equal(other.condition(rows, None, None, shape).tokens, 2 * first.tokens)
+
+
+def test_a_run_projects_its_tokens_once_and_a_bare_denoiser_anew(flat, monkeypatch):
+    """For gradients, other weights and other networks."""
+    calls, prepare = [], type(flat.unet).prepare
+    monkeypatch.setattr(type(flat.unet), "prepare", lambda unet, made: calls.append(made) or prepare(unet, made))
+    *_, step = flat.sample("a red car", scfg.SCFG(3.0), steps=3)
+    assert len(calls) == 1
+    denoise, x = flat.denoiser("a red car", scfg.SCFG(3.0)), flat.noise([0], flat.config.size)()
+    sigmas = flat.sigmas(3)
+    *_, own = scfg.run(denoise, "dpmpp_2m", x * (sigmas[0] ** 2 + 1) ** 0.5, sigmas, flat.noise([0], flat.config.size))
+    assert len(calls) == 1 and torch.equal(own.latent, step.latent)
 
 
 def test_gradients_reach_a_context_in_every_step(flat):
-    """One that is put together once would be gone after the first."""
     whole = flat.prompt("a red car")
     cond = whole.context["cond"].clone().requires_grad_()
     denoise = flat.denoiser(replace(whole, context=whole.context | {"cond": cond}), scfg.CFG(3.0))
-    with torch.no_grad():
-        denoise(seeded(1, 4, 8, 8), 2.0)
     for _ in range(2):
         (gradient,) = torch.autograd.grad(denoise(seeded(1, 4, 8, 8), 2.0).x0.square().sum(), cond)
         assert gradient.abs().max() > 0
-
-
-def test_a_network_that_is_trained_projects_its_tokens_anew(tiny, prompt):
-    """In an evaluation between two steps of its training too."""
-    x, unet = seeded(1, 4, 8, 8), copy.deepcopy(tiny.unet).requires_grad_()
-    one = scfg.Prompt({text: states[:1] for text, states in prompt.context.items()})
-    denoise, found = replace(tiny, unet=unet).denoiser(one, scfg.CFG(3.0)), []
-    keys = [module.attn2.to_k.weight for module in unet.modules() if hasattr(module, "attn2")]
-    for _ in range(2):
-        with torch.no_grad():
-            found.append(denoise(x, 2.0).x0)
-            for weight in keys:
-                weight.mul_(2)
-    assert error(found[1], found[0]) > 1e-4
-    assert denoise(x, 2.0).x0.requires_grad

@@ -101,7 +101,7 @@ def test_packed_autoencoders_decode_and_encode_alike_whole_and_in_bands(flat, pa
     whole = flat.decode(step.latent)
     assert whole.std() > 0.05 and (packed.decode(step.latent) - whole).abs().max() < 1e-5
     assert error(packed.encode(whole), flat.encode(whole)) < 1e-5
-    monkeypatch.setattr("scfg.large.bands.WHOLE", 100)
+    monkeypatch.setattr("scfg.memory.WHOLE", 100)
     assert (packed.decode(step.latent) - whole).abs().max() < 1e-5
 
 

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scfg
 from scfg.config import VAEConfig
-from scfg.large import decode, decode_in_bands
-from scfg.large.bands import ROOM, whole_bytes
+from scfg.large import decode_in_bands
+from scfg.memory import ROOM, decode, whole_bytes
 from scfg.vae import VAE
 
 
@@ -41,10 +41,10 @@ def test_a_large_picture_is_decoded_in_bands_by_itself(flat, monkeypatch):
         calls.append(latent.shape)
         return decode_in_bands(vae, latent, *rows)
 
-    monkeypatch.setattr("scfg.large.bands.decode_in_bands", counted)
+    monkeypatch.setattr("scfg.large.decode_in_bands", counted)
     whole = flat.decode(latent)
     assert not calls
-    monkeypatch.setattr("scfg.large.bands.WHOLE", 1000)
+    monkeypatch.setattr("scfg.memory.WHOLE", 1000)
     found = flat.decode(latent)
     assert len(calls) == 1 and 0 < (found - whole).abs().max() < 1e-4
     assert error(flat.decode(latent.repeat(2, 1, 1, 1)), found.repeat(2, 1, 1, 1)) < 1e-4
@@ -76,16 +76,16 @@ def test_what_decoding_takes_is_what_is_counted(side):
 
 @torch.no_grad()
 def test_as_many_pictures_are_decoded_at_once_as_memory_has_room_for(flat, monkeypatch):
-    """On a GPU; a CPU is also given no more than WHOLE, beyond which it is no faster."""
+    """And no more than WHOLE latent pixels."""
     latents, batches = seeded(5, 4, 8, 8), []
     monkeypatch.setattr(type(flat.vae), "decode", lambda vae, some: batches.append(len(some)) or some)
-    monkeypatch.setattr("scfg.large.bands.decode_in_bands", lambda vae, one: batches.append("bands") or one)
+    monkeypatch.setattr("scfg.large.decode_in_bands", lambda vae, one: batches.append("bands") or one)
     for pictures, expected in ((2.5, [2, 2, 1]), (100, [5]), (1.01, [1] * 5), (0.99, ["bands"] * 5)):
-        monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: pictures * 64 * whole_bytes(flat.vae) / ROOM)
+        monkeypatch.setattr("scfg.memory.free_memory", lambda device: pictures * 64 * whole_bytes(flat.vae) / ROOM)
         batches.clear()
         assert torch.equal(decode(flat.vae, latents), latents) and batches == expected
-    monkeypatch.setattr("scfg.large.bands.WHOLE", 128)
-    monkeypatch.setattr("scfg.large.bands.free_memory", lambda device: math.inf)
+    monkeypatch.setattr("scfg.memory.WHOLE", 128)
+    monkeypatch.setattr("scfg.memory.free_memory", lambda device: math.inf)
     batches.clear()
     decode(flat.vae, latents)
     assert batches == [2, 2, 1]

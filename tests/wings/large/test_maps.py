@@ -12,7 +12,7 @@ import scfg
 from scfg import CFG, SCFG
 from scfg.large import check_maps
 from scfg.large.maps import map_bytes
-from scfg.large.memory import free_memory
+from scfg.memory import free_memory
 from scfg.unet import AT_ONCE
 
 CAPTION = "a red car on grass"
@@ -69,9 +69,9 @@ def test_free_memory_is_at_most_a_containers_and_unknown_elsewhere(tmp_path, mon
     assert 1e8 < here < 1e14 and free_memory(torch.device("meta")) == math.inf
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text("1000\n")
-    monkeypatch.setattr("scfg.large.memory.LIMITS", [tmp_path / "max", tmp_path / "none"])
+    monkeypatch.setattr("scfg.memory.LIMITS", [tmp_path / "max", tmp_path / "none"])
     assert free_memory(torch.device("cpu")) > 1e8
-    monkeypatch.setattr("scfg.large.memory.LIMITS", [tmp_path / "max", tmp_path / "limit"])
+    monkeypatch.setattr("scfg.memory.LIMITS", [tmp_path / "max", tmp_path / "limit"])
     assert free_memory(torch.device("cpu")) == 0
 
 
