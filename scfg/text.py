@@ -91,14 +91,15 @@ class Conditioner:
         moment and previous are for prompts that depend on them, which have the same method.
         """
         texts = [row.text for row in rows]
-        if (*texts, *shape) in self.kept:
-            return self.kept[*texts, *shape]
+        key = (*texts, *shape)
+        if key in self.kept:
+            return self.kept[key]
         tokens = self.stack(self.tokens, texts, shape[0])
         weight = self.stack(self.weight, texts, shape[0]) if self.weight else None
         vector = self.vector(texts, shape) if self.config.unet.vector_dim else None
         made = Conditioning(tokens, vector, weight, tokens.shape[1])
         if self.prepare:
-            made = self.kept[*texts, *shape] = self.prepare(made)
+            made = self.kept[key] = self.prepare(made)
         return made
 
     def stack(self, values: dict[str, Tensor], texts: Sequence[str], pictures: int) -> Tensor:

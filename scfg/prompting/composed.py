@@ -65,7 +65,7 @@ class ComposedConditioner:
         return self.steps[0].layout
 
     def prepared(self, prepare: Prepare) -> "ComposedConditioner":
-        """As Conditioner.prepared; steps that share a prompt go on to."""
+        """As Conditioner.prepared; steps that shared a prompt share it still."""
         made = {id(step): step.prepared(prepare) for step in self.steps}
         return replace(self, steps=tuple(made[id(step)] for step in self.steps))
 
