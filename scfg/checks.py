@@ -1,4 +1,7 @@
-"""What callers give, checked before any work: each of these raises BadInput with one line that says what to give."""
+"""What callers give, checked before any work: BadInput is one line that says what to give.
+
+Some return what was given in the form that is computed with, or warn of it.
+"""
 
 import math
 import warnings
