@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ FLATLAND = Config(  # latent_scale and vocabulary are filled in by training
     scale=2.0,
 )
 EMPTY_SHARE = 0.1  # captions replaced by the empty prompt, for guidance
+SCALED_BY = 512  # scenes by whose latents these are scaled
 BLOCK = 3000  # steps of the U-Net's training after which other scenes are drawn
 KL_WEIGHT = 1e-3
 LAYOUT_WEIGHT = 0.1
@@ -117,13 +119,14 @@ def latents(config: Config, block: int, count: int, device: str) -> Drawn:
     """The scenes of a block of the U-Net's training, with unscaled latents for pictures; encoded once and kept."""
     path = RUN / f"latents-{world()}-{block}-{count}.npz"
     if not path.exists():
-        vae, rows, batch = trained_vae(config, device), [], []
-        for row in drawn(block * count, count, True, f"scenes of block {block}"):
-            batch.append(row)
-            if len(batch) == min(64, count):
-                encoded = vae.encode(to_image(np.stack([own[0] for own in batch]), device))[0].half().cpu().numpy()
-                rows += [(latent, *own[1:]) for latent, own in zip(encoded, batch)]
-                batch = []
+        vae, rows, every = (
+            trained_vae(config, device),
+            [],
+            drawn(block * count, count, True, f"scenes of block {block}"),
+        )
+        while some := list(islice(every, 64)):
+            encoded = vae.encode(to_image(np.stack([row[0] for row in some]), device))[0].half().cpu().numpy()
+            rows += [(latent, *row[1:]) for latent, row in zip(encoded, some)]
         save(path, stacked(rows))
     return Drawn(**np.load(path))
 
@@ -267,10 +270,12 @@ class Denoiser(nn.Module):
         return of_tower
 
 
-def layout_loss(logits: Tensor, owners: np.ndarray, things: np.ndarray) -> Tensor:
+def layout_loss(logits: Tensor, owners: np.ndarray, things: np.ndarray, told: np.ndarray) -> Tensor:
+    """told: which captions were read, and not the empty one in their place."""
     every = GRID // CELLS
     middles = owners[:, every // 2 :: every, every // 2 :: every]
-    truth = rearrange(torch.from_numpy(at_cells(middles, things)), "b h w n -> b (h w) n").to(logits.device)
+    truth = rearrange(torch.from_numpy(at_cells(middles, things)[told]), "b h w n -> b (h w) n").to(logits.device)
+    logits = logits[torch.from_numpy(told).to(logits.device)]
     inside, loss = truth[..., 0] > 0, torch.zeros((), device=logits.device)
     for i, of_head in enumerate(torch.split(logits, [len(HEADS[head]) for head in PLACED], dim=-1)):
         wanted = truth[..., i].long()
@@ -285,7 +290,7 @@ def train_unet(config: Config, steps: int, count: int, batch: int, how: How) -> 
         model.unet.compile()
     start_as_identity(model.unet)
     nn.init.zeros_(model.unet.out[2].weight)
-    scale = latent_scale(config, count, how.device)
+    scale = latent_scale(config, how.device)
     alphas = torch.tensor(1 / (config.schedule.sigmas**2 + 1), dtype=torch.float32, device=how.device)
     empty = model.text.tokenize("")[0]
 
@@ -297,7 +302,8 @@ def train_unet(config: Config, steps: int, count: int, batch: int, how: How) -> 
     def loss_of(rng: np.random.Generator, done: float) -> Tensor:
         some, tokens = of_block(round(done * steps) // BLOCK)
         chosen = rng.choice(count, batch, replace=False)
-        ids = [empty if dropped else tokens[i] for i, dropped in zip(chosen, rng.random(batch) < EMPTY_SHARE)]
+        dropped = rng.random(batch) < EMPTY_SHARE
+        ids = [empty if drop else tokens[i] for i, drop in zip(chosen, dropped)]
         # half of them noisy: what stands where is decided in noise
         anywhere, noisy = rng.integers(0, 1000, batch), rng.integers(700, 1000, batch)
         t = torch.from_numpy(np.where(rng.random(batch) < 0.5, anywhere, noisy)).to(how.device)
@@ -305,16 +311,23 @@ def train_unet(config: Config, steps: int, count: int, batch: int, how: How) -> 
         a = alphas[t].view(-1, 1, 1, 1)
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32)).to(how.device)
         x, v = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
-        error = model.unet(x, t, Conditioning(model.states(ids)))[0] - v
-        others = rng.choice(count, 2 * batch, replace=False)  # the tower is small: more captions cost nothing
-        stands = model.layout(model.states([tokens[i] for i in others]))
-        return error.square().mean() + LAYOUT_WEIGHT * layout_loss(stands, some.owners[others], some.things[others])
+        states = model.states(ids)
+        error = model.unet(x, t, Conditioning(states))[0] - v
+        stands = layout_loss(model.layout(states), some.owners[chosen], some.things[chosen], ~dropped)
+        return error.square().mean() + LAYOUT_WEIGHT * stands
 
     train(RUN / "unet.pt", model, loss_of, steps, 8e-3, how)
 
 
-def latent_scale(config: Config, count: int, device: str) -> float:
-    return 1 / float(latents(config, 0, count, device).pictures.astype(np.float32).std())
+@torch.no_grad()
+def latent_scale(config: Config, device: str) -> float:
+    """What makes latents deviate by one, by the VAE that was trained."""
+    path = RUN / "latent_scale"
+    if not path.exists():
+        vae, rgb = trained_vae(config, device), np.stack([row[0] for row in drawn(0, SCALED_BY, True, "scale")])
+        encoded = torch.cat([vae.encode(to_image(some, device))[0] for some in np.array_split(rgb, SCALED_BY // 32)])
+        path.write_text(str(1 / encoded.std().item()))
+    return float(path.read_text())
 
 
 def trained(name: str) -> tuple[dict[str, Tensor], int]:
@@ -330,22 +343,25 @@ def keep(path: Path) -> None:
         if (RUN / f"{name}.pt").exists():
             average, steps[name] = trained(name)
             tensors |= {f"{name}/{key}": value.half().contiguous() for key, value in average.items()}
-    save_file(tensors, path, {"steps": json.dumps(steps)})
+    scale = (RUN / "latent_scale").read_text() if (RUN / "latent_scale").exists() else ""
+    save_file(tensors, path, {"steps": json.dumps(steps), "latent_scale": scale})
     tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB, steps {steps}")
 
 
 def restore(path: Path) -> None:
     """Go on from a kept file: from the averages, with an optimiser that knows nothing yet."""
     with safe_open(path, "pt") as file:
-        steps = json.loads(file.metadata()["steps"])
+        steps, scale = json.loads(file.metadata()["steps"]), file.metadata()["latent_scale"]
         tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if scale:
+        (RUN / "latent_scale").write_text(scale)
     for name, step in steps.items():
         values = {key.split("/")[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
         values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
         torch.save({"model": values, "optimizers": [], "average": values, "step": step}, RUN / f"{name}.pt")
 
 
-def export(config: Config, count: int, path: Path) -> None:
+def export(config: Config, path: Path) -> None:
     """Write a checkpoint: fp16, original key layout, config and vocabulary in its metadata; and the judge."""
     vae, denoiser = trained("vae")[0], trained("unet")[0]
     tensors = {f"first_stage_model.{k}": v for k, v in vae.items()}
@@ -355,7 +371,7 @@ def export(config: Config, count: int, path: Path) -> None:
             tensors[f"model.diffusion_model.{rest}"] = value
         elif part == "text":
             tensors[f"{config.text[0].prefix}text_model.{rest.removeprefix('towers.0.transformer.')}"] = value
-    config = replace(config, latent_scale=latent_scale(config, count, "cpu"))
+    config = replace(config, latent_scale=latent_scale(config, "cpu"))
     merges = world_merges()
     vocab = {"scfg.vocab": vocabulary(merges), "scfg.merges": merges, "scfg.words": scenes.WORDS}
     metadata = {"scfg.config": config_to_json(config)} | {k: json.dumps(v) for k, v in vocab.items()}
@@ -392,7 +408,7 @@ def main() -> None:
     elif args.phase == "restore":
         restore(args.file)
     elif args.phase == "export":
-        export(world_config(), args.scenes or usual["unet"][3], args.file)
+        export(world_config(), args.file)
     else:
         phase, steps, batch, count = usual[args.phase]
         how = How(args.device, args.bfloat16, args.compile, args.minutes)
