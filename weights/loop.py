@@ -98,7 +98,7 @@ def save(
 def resume(
     path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average, device: str
 ) -> int:
-    """How many steps were done."""
+    """How many steps were done. A state without optimisers begins with fresh ones."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location=device, weights_only=True)
@@ -125,10 +125,11 @@ def train(
     optimizers, average = optimizers_of(model, rate, how), Average(model)
     first, started = resume(path, model, optimizers, average, how.device), time.monotonic()
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # which resuming replaces
+    since = [group.setdefault("since", first) for group in groups][0]  # the optimisers know no step before it
     progress, smooth = trange(first, steps, initial=first, total=steps, desc=path.stem), None
     for step in progress:
         for group in groups:
-            group["lr"] = rate * min(1, (step + 1) / 100, (steps - step) / (steps / 4))
+            group["lr"] = rate * min(1, (step + 1 - since) / 100, (steps - step) / (steps / 4))
         torch.manual_seed(step)  # a training that was interrupted goes on with the same numbers
         with torch.autocast(torch.device(how.device).type, torch.bfloat16, enabled=how.bfloat16):
             loss = loss_of(np.random.default_rng([1, step]), step / steps)

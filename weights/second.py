@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -99,11 +99,22 @@ def save(path: Path, values: Drawn) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def digest(parts: Iterable[bytes]) -> str:
+    """Names what files depend on."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+
+
+@cache
 def world() -> str:
     """Changes with what is drawn."""
     folder = Path(draw.__file__).parent
-    files = [folder / f"{name}.py" for name in ("icons", "grounds", "scenes", "draw")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    return digest((folder / f"{name}.py").read_bytes() for name in ("icons", "grounds", "scenes", "draw"))
+
+
+def encoder(config: Config, device: str) -> tuple[VAE, str]:
+    """The VAE that was trained, and a name of it."""
+    vae = trained_vae(config, device)
+    return vae, digest(value.cpu().numpy().tobytes() for value in vae.state_dict().values())
 
 
 def pictures(count: int, seen: bool = True) -> Drawn:
@@ -135,17 +146,29 @@ def to_image(rgb: np.ndarray, device: str) -> Tensor:
     return rearrange(torch.from_numpy(rgb).to(device), "b h w c -> b c h w").float() / 127.5 - 1
 
 
-def world_merges() -> list[tuple[str, str]]:
-    """Merges that make each of the world's words one token, letter after letter.
-
-    The longest words come first, so that no short word's merge ("on") breaks into a longer one ("moon").
-    """
+def merges_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges that make words one token each, letter after letter; those of the first words come first."""
     merges = {}
-    for word in sorted(scenes.WORDS, key=len, reverse=True):
+    for word in words:
         letters = list(word[:-1]) + [word[-1] + "</w>"]
         for i in range(1, len(letters)):
             merges["".join(letters[:i]), letters[i]] = None
     return list(merges)
+
+
+@cache
+def world_merges() -> list[tuple[str, str]]:
+    """Merges that make each of the world's words one token.
+
+    A word's merge breaks into others ("on" into "moon"), which then have to come before it.
+    """
+    words = sorted(scenes.WORDS, key=len, reverse=True)
+    while True:
+        tokenizer = CLIPTokenizer(vocab=vocabulary(merges_of(words)), merges=merges_of(words))
+        broken = [word for word in words if len(tokenizer.tokenize(word)) > 1]
+        if not broken:
+            return merges_of(words)
+        words = broken + [word for word in words if word not in broken]
 
 
 def world_tokenizer() -> CLIPTokenizer:
@@ -322,9 +345,10 @@ def train_unet(config: Config, steps: int, count: int, batch: int, how: How) -> 
 @torch.no_grad()
 def latent_scale(config: Config, device: str) -> float:
     """What makes latents deviate by one, by the VAE that was trained."""
-    path = RUN / "latent_scale"
+    vae, name = encoder(config, device)
+    path = RUN / f"scale-{world()}-{name}"
     if not path.exists():
-        vae, rgb = trained_vae(config, device), np.stack([row[0] for row in drawn(0, SCALED_BY, True, "scale")])
+        rgb = np.stack([row[0] for row in drawn(0, SCALED_BY, True, "scale")])
         encoded = torch.cat([vae.encode(to_image(some, device))[0] for some in np.array_split(rgb, SCALED_BY // 32)])
         path.write_text(str(1 / encoded.std().item()))
     return float(path.read_text())
@@ -343,18 +367,15 @@ def keep(path: Path) -> None:
         if (RUN / f"{name}.pt").exists():
             average, steps[name] = trained(name)
             tensors |= {f"{name}/{key}": value.half().contiguous() for key, value in average.items()}
-    scale = (RUN / "latent_scale").read_text() if (RUN / "latent_scale").exists() else ""
-    save_file(tensors, path, {"steps": json.dumps(steps), "latent_scale": scale})
+    save_file(tensors, path, {"steps": json.dumps(steps)})
     tqdm.write(f"{path}: {path.stat().st_size / 1e6:.1f} MB, steps {steps}")
 
 
 def restore(path: Path) -> None:
     """Go on from a kept file: from the averages, with an optimiser that knows nothing yet."""
     with safe_open(path, "pt") as file:
-        steps, scale = json.loads(file.metadata()["steps"]), file.metadata()["latent_scale"]
+        steps = json.loads(file.metadata()["steps"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    if scale:
-        (RUN / "latent_scale").write_text(scale)
     for name, step in steps.items():
         values = {key.split("/")[1]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
         values = {key: value.float() if value.is_floating_point() else value for key, value in values.items()}
@@ -390,7 +411,7 @@ def natural(text: str) -> int:
 
 def main() -> None:
     usual = {"vae": (train_vae, 2000, 8, 12288), "judge": (train_judge, 1500, 32, 12288)}
-    usual |= {"unet": (train_unet, 9000, 32, 32768)}
+    usual |= {"unet": (train_unet, 9000, 32, 24576)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=[*usual, "keep", "restore", "export"])
     parser.add_argument("--steps", type=natural, help="of the whole training")

@@ -14,7 +14,7 @@ from ..flatland.scenes import ACROSS, ALONG, COLOURS, GROUNDS, MOST, OBJECTS, PA
 
 SIDE = 128  # pictures are read at this height and width
 GRID = 64  # and things at this one
-SMALLEST = 24  # cells of the grid; fewer are a speck, not a thing
+SMALLEST = 16  # cells of the grid; fewer are a speck, not a thing
 SPREAD = 2  # cells around a centre whose votes count for it
 HEADS = {  # what is read at every cell
     "object": ("", *OBJECTS),
@@ -118,9 +118,9 @@ def places(way: Tensor) -> Tensor:
 def gathered(inside: Tensor, way: Tensor) -> list[Tensor]:
     """Masks (h w) of the things that cells (h w) are inside of: cells that point to one place are one thing."""
     x, y = places(way)
-    votes = torch.zeros(inside.shape)
+    votes = torch.zeros(inside.shape, device=inside.device)
     at = y[inside].round().long().clamp(0, GRID - 1), x[inside].round().long().clamp(0, GRID - 1)
-    votes = votes.index_put(at, torch.ones(()), accumulate=True)
+    votes = votes.index_put(at, votes.new_ones(()), accumulate=True)
     window = 2 * SPREAD + 1
     near, centres = F.avg_pool2d(votes[None], window, 1, SPREAD)[0] * window**2, []
     while near.max() >= SMALLEST:
@@ -170,11 +170,12 @@ def verdict(scene: Scene, reading: Reading) -> list[Clause]:
     """Every clause of the scene's caption, and last whether nothing else is in the picture."""
     of_group, clauses = matched(scene.groups, reading.things), []
     for group, own in zip(scene.groups, of_group):
-        parts = {"object": group.name, "colour": group.colour, "size": group.size, "pattern": group.pattern}
+        parts = {"name": group.name, "colour": group.colour, "size": group.size, "pattern": group.pattern}
         for kind, wanted in parts.items():
-            is_so = bool(own) and all(getattr(thing, "name" if kind == "object" else kind) == wanted for thing in own)
-            if wanted:
-                clauses.append(Clause(kind, f"{wanted} ({group.phrase})", is_so))
+            is_so = bool(own) and all(getattr(thing, kind) == wanted for thing in own)
+            if wanted or kind == "pattern":  # what is not called striped or spotted is plain
+                what = "object" if kind == "name" else kind
+                clauses.append(Clause(what, f"{wanted or 'plain'} ({group.phrase})", is_so))
         clauses.append(Clause("number", group.phrase, len(own) == group.number))
     for i, relation in enumerate(scene.relations):
         text = f"{scene.groups[i].phrase} {relation} {scene.groups[i + 1].phrase}"
@@ -184,16 +185,18 @@ def verdict(scene: Scene, reading: Reading) -> list[Clause]:
 
 
 def stand_so(relation: str, first: Sequence[Found], second: Sequence[Found]) -> bool:
-    """Whether things stand so to others: that way, and farther that way than across; in front: lower, and hiding."""
+    """Whether things stand so to others: each that way, all of them farther that way than across; in front: lower, and
+    hiding."""
     if not first or not second:
         return False
     if relation in ACROSS:
         near, far = (first[0], second[0])[:: 1 if relation == "in front of" else -1]
         return far.hidden and near.centre[1] > far.centre[1] and touches(near.mask, far.mask)
     axis, sign = ALONG[relation]
+    beyond = min(sign * thing.centre[axis] for thing in first) > max(sign * thing.centre[axis] for thing in second)
     means = [[sum(thing.centre[k] for thing in some) / len(some) for k in (0, 1)] for some in (first, second)]
     away = [a - b for a, b in zip(*means)]
-    return sign * away[axis] > abs(away[1 - axis])
+    return beyond and sign * away[axis] > abs(away[1 - axis])
 
 
 def touches(first: Tensor, second: Tensor) -> bool:

@@ -47,12 +47,12 @@ def pattern(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         row = np.round(y / (SPOT * 0.87))
         across = x / SPOT + 0.5 * (row % 2)
         distance = np.hypot((across - np.round(across)) * SPOT, y - row * SPOT * 0.87)
-        return 1 - step(distance - 0.19, 0.1)
+        return 1 - step(distance - 0.21, 0.1)
     return np.zeros_like(x)
 
 
-def draw_thing(group: Group, unit: float) -> tuple[np.ndarray, np.ndarray]:
-    """A thing alone, a unit of its icon so many pixels: picture (s s 3), silhouette (s s) in 0..1."""
+def draw_thing(group: Group, unit: float) -> tuple[np.ndarray, Image.Image]:
+    """A thing alone, a unit of its icon so many pixels: picture (s s 3), silhouette (s s)."""
     side = int(np.ceil(2 * REACH * unit))
     ys, xs = (np.mgrid[:side, :side].astype(np.float32) + 0.5 - side / 2) / unit
     paint = paints(group.colour)
@@ -65,54 +65,56 @@ def draw_thing(group: Group, unit: float) -> tuple[np.ndarray, np.ndarray]:
     )
     for name, points in ICONS[group.name]:
         corners = (np.array(points) * unit + side / 2).ravel().tolist()
-        part = Image.new("L", (side, side))
-        ImageDraw.Draw(part).polygon(corners, 255)
-        inside = np.asarray(part, bool)
+        part, stroke = Image.new("1", (side, side)), Image.new("1", (side, side))
+        ImageDraw.Draw(part).polygon(corners, 1)
+        inside = np.asarray(part)
         picture[inside] = body[inside] if name == "body" else paint["outline" if name == "hole" else name]
         shape.polygon(corners, 0 if name == "hole" else 255)
         # Half of this stroke falls on the part itself, where the part's paint covers it.
         shape.line(corners + corners[:4], 255, round(2 * OUTLINE * unit))
-        stroke = Image.new("L", (side, side))
-        ImageDraw.Draw(stroke).line(corners + corners[:4], 255, max(1, round(0.7 * OUTLINE * unit)))
-        picture[np.asarray(stroke, bool)] *= 0.55
+        ImageDraw.Draw(stroke).line(corners + corners[:4], 1, max(1, round(0.7 * OUTLINE * unit)))
+        picture[np.asarray(stroke)] *= 0.55
     height = np.asarray(silhouette.filter(ImageFilter.GaussianBlur(0.22 * unit)), np.float32) / 255
     slope_y, slope_x = np.gradient(height, 1 / unit)
-    light = 1.04 + 0.16 * (0.6 * slope_x + 0.8 * slope_y) - 0.1 * ys  # from above, a little from the left
-    shine = 110 * np.clip(0.6 * slope_x + 0.8 * slope_y - 0.55, 0, 1) ** 2
-    picture = np.clip(picture * light[..., None] + shine[..., None], 0, 255)
-    return picture, np.asarray(silhouette, np.float32) / 255
+    facing = 0.6 * slope_x + 0.8 * slope_y  # the light, which is above and a little to the left
+    light, shine = 1.04 + 0.16 * facing - 0.1 * ys, 110 * np.clip(facing - 0.55, 0, 1) ** 2
+    return np.clip(picture * light[..., None] + shine[..., None], 0, 255), silhouette
 
 
-def overlap(middle: float, side: int, limit: int) -> tuple[slice, slice]:
-    """Where a stretch of this length around a middle lies in 0..limit, and which part of the stretch that is."""
-    first = round(middle - side / 2)
-    start, stop = max(first, 0), max(min(first + side, limit), 0)
-    return slice(start, stop), slice(start - first, stop - first)
+def reduced(x: np.ndarray, first: tuple[int, int]) -> np.ndarray:
+    """x (h w c), from a pixel (row, column) of the large picture on, as pixels of the small one, from first // 3 on."""
+    before = [start % SUPERSAMPLING for start in first]
+    after = [-(n + own) % SUPERSAMPLING for n, own in zip(x.shape, before)]
+    x = np.pad(x, [*zip(before, after), (0, 0)])
+    shape = len(x) // SUPERSAMPLING, SUPERSAMPLING, x.shape[1] // SUPERSAMPLING, SUPERSAMPLING, x.shape[2]
+    return x.reshape(shape).mean((1, 3))
 
 
-def window(canvas: np.ndarray, centre: np.ndarray, side: int) -> tuple[Window, Window]:
-    """Where a square of this side around a centre (x, y) lies in a canvas, and which part of the square that is."""
-    (row, own_row), (column, own_column) = (overlap(*of) for of in zip(centre[::-1], (side, side), canvas.shape))
-    return (row, column), (own_row, own_column)
+def over(canvas: np.ndarray, x: np.ndarray, first: tuple[int, int]) -> tuple[Window, np.ndarray]:
+    """Where x (h w c), whose first pixel lies there, is on a canvas, and the part of x that is on it."""
+    bounds = [(max(start, 0), min(start + n, limit)) for start, n, limit in zip(first, x.shape, canvas.shape)]
+    (top, bottom), (left, right) = bounds
+    own = x[top - first[0] : max(bottom - first[0], 0), left - first[1] : max(right - first[1], 0)]
+    return (slice(top, max(bottom, 0)), slice(left, max(right, 0))), own
 
 
 def render(scene: Scene, size: tuple[int, int] = (128, 128)) -> tuple[np.ndarray, np.ndarray]:
     """Draw a scene at size (width, height): picture (h w 3) uint8, and what is seen of each thing (k h w) bool."""
-    large = (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING)
-    picture = draw_ground(scene, size).repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
-    masks = np.zeros((len(scene.things), *large[::-1]), np.float32)
+    picture, masks = draw_ground(scene, size), np.zeros((len(scene.things), size[1], size[0]), np.float32)
     for i, thing in enumerate(scene.things):
-        unit, centre = thing.radius * min(large), np.array((thing.x, thing.y)) * large
-        colours, alpha = draw_thing(scene.groups[thing.group], unit)
-        shadow = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.09 * unit))
-        there, own = window(picture, centre + (0.05 * unit, 0.11 * unit), len(alpha))
-        picture[there] *= 1 - 0.5 * np.asarray(shadow, np.float32)[own][..., None] / 255
-        there, own = window(picture, centre, len(alpha))
-        picture[there] = mix(picture[there], colours[own], alpha[own])
-        masks[(slice(None), *there)] *= 1 - alpha[own]
-        masks[(i, *there)] = alpha[own]
-    shape = (size[1], SUPERSAMPLING, size[0], SUPERSAMPLING)
-    return (
-        picture.reshape(*shape, 3).mean((1, 3)).round().astype(np.uint8),
-        masks.reshape(len(masks), *shape).mean((2, 4)) > 0.5,
-    )
+        unit = thing.radius * min(size) * SUPERSAMPLING
+        colours, silhouette = draw_thing(scene.groups[thing.group], unit)
+        shadow = np.asarray(silhouette.filter(ImageFilter.GaussianBlur(0.09 * unit)), np.float32)[..., None] / 255
+        alpha = np.asarray(silhouette, np.float32)[..., None] / 255
+        for (right, down), layer in (((0.05, 0.11), shadow), ((0, 0), np.concatenate([colours * alpha, alpha], -1))):
+            row = round(thing.y * size[1] * SUPERSAMPLING + down * unit - len(alpha) / 2)
+            column = round(thing.x * size[0] * SUPERSAMPLING + right * unit - len(alpha) / 2)
+            first = row // SUPERSAMPLING, column // SUPERSAMPLING
+            there, own = over(picture, reduced(layer, (row, column)), first)
+            if layer is shadow:
+                picture[there] *= 1 - 0.5 * own
+            else:
+                picture[there] = picture[there] * (1 - own[..., 3:]) + own[..., :3]
+                masks[(slice(None), *there)] *= 1 - own[..., 3]
+                masks[(i, *there)] = own[..., 3]
+    return picture.round().astype(np.uint8), masks > 0.5

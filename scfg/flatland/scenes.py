@@ -42,7 +42,7 @@ PATTERNS = ("", "striped", "spotted")
 ALONG = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # an axis and which way
 ACROSS = ("in front of", "behind")
 RELATIONS = (*ALONG, *ACROSS)
-MOST = 5  # things of a scene
+MOST, LONGEST = 5, 30  # things of a scene, words of a caption
 
 # How often scenes are of so many groups, groups of so many things, and with which words.
 GROUP_SHARES = {1: 0.12, 2: 0.3, 3: 0.36, 4: 0.22}
@@ -107,13 +107,15 @@ class Scene(NamedTuple):
         return tuple(a or b for a, b in zip([False, *ahead], [*behind, False]))
 
     @property
-    def seen(self) -> bool:
-        """Whether training shows scenes of this composition."""
-        kinds = {(group.name, group.colour) for group in self.groups}
-        numbers = {(group.name, group.number) for group in self.groups}
+    def unseen(self) -> tuple[str, ...]:
+        """What of it training never shows: "kind", "number", "pair"."""
         names = [group.name for group in self.groups]
-        pairs = {frozenset(pair) for pair in zip(names, names[1:])}
-        return not (kinds & UNSEEN_KINDS or numbers & UNSEEN_NUMBERS or pairs & UNSEEN_PAIRS)
+        there = {
+            "kind": UNSEEN_KINDS & {(group.name, group.colour) for group in self.groups},
+            "number": UNSEEN_NUMBERS & {(group.name, group.number) for group in self.groups},
+            "pair": UNSEEN_PAIRS & {frozenset(pair) for pair in zip(names, names[1:])},
+        }
+        return tuple(what for what, found in there.items() if found)
 
     @property
     def caption(self) -> str:
@@ -132,10 +134,11 @@ def a_tenth(values: Sequence[Value], seed: int) -> frozenset[Value]:
     return frozenset(values[int(i)] for i in chosen)
 
 
+UNSEEN = ("kind", "number", "pair")
 # Kept from training: a tenth of the (object, colour) kinds, of the (object, count) ones, and of the pairs of objects
 # that a relation joins.
 UNSEEN_KINDS = a_tenth([(name, colour) for name in OBJECTS for colour in COLOURS], 1)
-UNSEEN_NUMBERS = a_tenth([(name, count) for name in OBJECTS for count in (2, 3)], 2)
+UNSEEN_NUMBERS = frozenset((name, count) for count in (2, 3) for name in a_tenth(OBJECTS, 10 * count))
 UNSEEN_PAIRS = a_tenth([frozenset((a, b)) for i, a in enumerate(OBJECTS) for b in OBJECTS[:i]], 3)
 WORDS: tuple[str, ...] = tuple(
     sorted(
@@ -146,11 +149,15 @@ WORDS: tuple[str, ...] = tuple(
 
 
 def compose(seed: int, seen: bool = True, hard: bool | None = None) -> Scene:
-    """The scene of this seed, of a composition that training shows or of one that it does not, hard, easy or either."""
-    rng = np.random.default_rng(seed)
-    while (scene := draw(rng, seed)) is None or scene.seen != seen or hard not in (None, scene.hard):
-        pass
-    return scene
+    """The scene of this seed, hard, easy or either.
+
+    It is of a composition that training shows, or else of an unseen kind, number or pair, in turns.
+    """
+    rng, wanted = np.random.default_rng(seed), UNSEEN[seed % len(UNSEEN)]
+    while True:
+        scene = draw(rng, seed)
+        if scene and hard in (None, scene.hard) and (not scene.unseen if seen else wanted in scene.unseen):
+            return scene
 
 
 def pick(rng: np.random.Generator, shares: Mapping[Value, float]) -> Value:
@@ -168,8 +175,8 @@ def draw(rng: np.random.Generator, seed: int) -> Scene | None:
     relations = [pick(rng, RELATION_SHARES) for _ in groups[1:]]
     if sum(group.number for group in groups) > MOST or not all(map(may_relate, relations, groups, groups[1:])):
         return None
-    things = place(rng, groups, relations)
-    return Scene(tuple(groups), tuple(relations), things, ground, seed) if things else None
+    scene = Scene(tuple(groups), tuple(relations), place(rng, groups, relations) or (), ground, seed)
+    return scene if scene.things and len(scene.caption.split()) <= LONGEST else None
 
 
 def may_relate(relation: str, first: Group, second: Group) -> bool:
@@ -222,12 +229,11 @@ def attempt(
         if relation in ALONG:
             tried = tried[stands(relation, placed[-1], tried)]
         elif relation:
-            before = groups[i - 1].name, placed[-1][0], radii[i - 1]
-            pairs = [((groups[i].name, one[0], radius), before)[:: 1 if relation == "behind" else -1] for one in tried]
-            tried = tried[[hides(*pair) for pair in pairs]] if pairs else tried
-        if not len(tried):
+            before, way = (groups[i - 1].name, placed[-1][0], radii[i - 1]), 1 if relation == "behind" else -1
+            tried = (one for one in tried if hides(*((groups[i].name, one[0], radius), before)[::way]))
+        if (found := next(iter(tried), None)) is None:
             return None
-        placed.append(tried[0])
+        placed.append(found)
     return placed
 
 
