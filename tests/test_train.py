@@ -15,6 +15,7 @@ from scfg.evaluate.judge import Judge
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
 import loop
+import second
 import sheet
 import train
 
@@ -67,6 +68,27 @@ def test_a_vae_under_trained_networks_is_not_trained_anew(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as caught:
         train.main()
     assert caught.value.code == 2 and "unet.pt" in capsys.readouterr().err
+
+
+def test_every_word_of_the_second_world_is_one_token():
+    tokenizer = second.world_tokenizer()
+    assert [word for word in second.scenes.WORDS if len(tokenizer.tokenize(word)) != 1] == []
+    merges = second.merges_of(["indoors", "pink"])  # in this order the first breaks the second
+    assert len(second.CLIPTokenizer(vocab=second.vocabulary(merges), merges=merges).tokenize("pink")) > 1
+
+
+def test_fresh_optimisers_begin_with_a_low_rate(tmp_path):
+    """Where a kept state goes on without their moments, its rate rises anew, also after a further resume."""
+    path, model = tmp_path / "kept.pt", torch.nn.Linear(4, 4)
+    state = {"model": model.state_dict(), "optimizers": [], "average": model.state_dict(), "step": 500}
+    torch.save(state, path)
+    for steps in (502, 503):
+        with pytest.raises(SystemExit):
+            loop.train(
+                path, model, lambda rng, done: model(torch.ones(2, 4)).square().mean(), 10_000, 1.0, loop.How(minutes=0)
+            )
+        groups = [group for kept in torch.load(path, weights_only=True)["optimizers"] for group in kept["param_groups"]]
+        assert {group["lr"] for group in groups} == {(steps - 501) / 100}
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from train import natural, start_as_identity, to_image
 from transformers import CLIPTokenizer
 
 from scfg.config import Config, TextConfig, UNetConfig, VAEConfig
@@ -108,7 +109,7 @@ def digest(parts: Iterable[bytes]) -> str:
 def world() -> str:
     """Changes with what is drawn."""
     folder = Path(draw.__file__).parent
-    return digest((folder / f"{name}.py").read_bytes() for name in ("icons", "grounds", "scenes", "draw"))
+    return digest((folder / f"{name}.py").read_bytes() for name in ("world", "icons", "grounds", "scenes", "draw"))
 
 
 def encoder(config: Config, device: str) -> tuple[VAE, str]:
@@ -142,10 +143,6 @@ def latents(config: Config, block: int, count: int, device: str) -> Drawn:
     return Drawn(**np.load(path))
 
 
-def to_image(rgb: np.ndarray, device: str) -> Tensor:
-    return rearrange(torch.from_numpy(rgb).to(device), "b h w c -> b c h w").float() / 127.5 - 1
-
-
 def merges_of(words: Sequence[str]) -> list[tuple[str, str]]:
     """Merges that make words one token each, letter after letter; those of the first words come first."""
     merges = {}
@@ -177,13 +174,6 @@ def world_tokenizer() -> CLIPTokenizer:
 
 def world_config() -> Config:
     return replace(FLATLAND, text=(replace(FLATLAND.text[0], vocabulary=len(vocabulary(world_merges()))),))
-
-
-def start_as_identity(model: nn.Module) -> None:
-    """Zero the last layer of every residual branch: a deep network then begins as its short path and learns at once."""
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("conv2.", "proj_out.", "out_layers.3.", "to_out.0.", "ff.net.2.")):
-            nn.init.zeros_(parameter)
 
 
 def train_vae(config: Config, steps: int, count: int, batch: int, how: How) -> None:
@@ -401,12 +391,6 @@ def export(config: Config, path: Path) -> None:
     save_file({k: v.half().contiguous() for k, v in trained("judge")[0].items()}, judge)
     for written in (path, judge):
         tqdm.write(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
-
-
-def natural(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
-    return int(text)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..flatland.scenes import ACROSS, ALONG, COLOURS, GROUNDS, MOST, OBJECTS, PATTERNS, SIZES, Group, Scene
+from .judge import Block
 
 SIDE = 128  # pictures are read at this height and width
 GRID = 64  # and things at this one
@@ -46,18 +47,6 @@ class Clause(NamedTuple):
     kind: str  # object, colour, size, pattern, number, a relation, ground, or "nothing else"
     text: str
     true: bool
-
-
-class Block(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        self.first = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
-        self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, out_channels) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.norms[0](self.first(x)))
-        return x + F.silu(self.norms[1](self.second(x)))
 
 
 class Judge(nn.Module):

@@ -1,4 +1,4 @@
-"""The grounds of Flatland: paint(x, y, rng) -> (h w 3) in 0..255, at places x, y (h w) in units of the height."""
+"""The grounds of Flatland: paint(x, y, rng) -> (h w 3) in 0..255; x (h w) in shorter sides, y (h w) in heights."""
 
 from collections.abc import Callable
 

@@ -4,33 +4,9 @@ from math import cos, pi, radians, sin
 
 import numpy as np
 
-RGB = tuple[int, int, int]
-Points = list[tuple[float, float]]
-Part = tuple[str, Points]  # the paint's name, and a polygon in icon units: -1..1, y downwards
+from .world import RGB, Part, Points, crescent, heart, oval, rectangle, star
 
-
-def oval(x: float, y: float, width: float, height: float, start: float = 0, end: float = 360) -> Points:
-    """Arc of an ellipse around (x, y) with these half-axes, from start to end degrees (clockwise from the right)."""
-    angles = np.radians(np.linspace(start, end, 41))
-    return [(x + width * cos(a), y + height * sin(a)) for a in angles]
-
-
-def rectangle(left: float, top: float, right: float, bottom: float) -> Points:
-    return [(left, top), (right, top), (right, bottom), (left, bottom)]
-
-
-def star(tips: int, inner: float) -> Points:
-    turns = [pi * i / tips - pi / 2 for i in range(2 * tips)]
-    return [((1, inner)[i % 2] * cos(a), (1, inner)[i % 2] * sin(a) + 0.06) for i, a in enumerate(turns)]
-
-
-def heart() -> Points:
-    angles = np.linspace(0, 2 * pi, 41)
-    return [(sin(a) ** 3, (5 * cos(2 * a) + 2 * cos(3 * a) + cos(4 * a) - 13 * cos(a)) / 16 - 0.1) for a in angles]
-
-
-def crescent() -> Points:
-    return oval(0.3, 0, 1, 1, 55, 305) + oval(1.0, 0, 0.829, 0.819, 261, 99)
+__all__ = ["ICONS", "RGB"]
 
 
 def apple() -> Points:

@@ -38,11 +38,10 @@ def test_relations_hold_for_every_thing(composed):
     for scene in composed:
         places = [np.array([(t.x, t.y) for t in scene.things if t.group == i]) for i in range(len(scene.groups))]
         for relation, first, second in zip(scene.relations, places, places[1:]):
-            right = relation in ("right of", "below"), relation in ("left of", "above")
             axis = 0 if relation in ("left of", "right of") else 1
             if relation in scenes.ALONG:
                 along += 1
-                before, after = (first, second) if right[1] else (second, first)
+                before, after = (first, second) if relation in ("left of", "above") else (second, first)
                 assert before[:, axis].max() < after[:, axis].min()
     assert along > 200
 
